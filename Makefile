@@ -1,0 +1,48 @@
+# make train: train plain and Block AttnRes on Jane Austen, compare them.  make test: the tests.  Both install first.
+# On a TPU VM: make train LOCK=requirements/tpu.txt.  Another interpreter: make train PYTHON=/path/to/python3.12.
+SHELL := /bin/bash
+VENV ?= .venv
+LOCK ?= requirements/cpu.txt
+RUNS ?= runs/quick
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: train test test-slow test-oldest lint locks
+train: $(READY)
+	@for residual in plain block; do \
+	  $(RUN) -m attnres_jax train --config=quick:$$residual --workdir=$(RUNS)/$$residual || exit 1; done
+	@$(RUN) -m attnres_jax compare $(RUNS)/plain $(RUNS)/block --out=$(RUNS)
+
+test: $(READY)
+	$(RUN) -m pytest
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m slow
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright
+
+# Candidates are run, not looked up: a pyenv shim on PATH may exist and fail.
+$(READY): $(LOCK) pyproject.toml
+	@for python in $(PYTHON) python3.12 python3.13 python3 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; do \
+	  found=$$($$python -c 'import sys; assert sys.version_info >= (3, 12); print(sys.executable, sys.version.split()[0])' 2>/dev/null) && break; done; \
+	if [ -z "$$found" ]; then echo "No Python >= 3.12 on PATH or under pyenv. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "Python: $$found; installing $(LOCK) into $(VENV) (about a minute)"; \
+	rm -rf $(VENV) && $${found% *} -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --require-hashes -r $(LOCK)
+	@$(RUN) -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+# Versions and hashes, no URLs; needs uv. The gpu lock holds JAX 0.11.2, for jax-triton.
+COMPILE := uv pip compile --quiet --generate-hashes --universal --python-version 3.12 --no-emit-index-url --no-annotate --no-header
+locks:
+	$(COMPILE) pyproject.toml --extra test -o requirements/cpu.txt
+	$(COMPILE) pyproject.toml --extra test --extra tpu -o requirements/tpu.txt
+	$(COMPILE) pyproject.toml --extra test --extra gpu -o requirements/gpu.txt
+	$(COMPILE) pyproject.toml requirements/oldest.in --extra test -o requirements/oldest.txt

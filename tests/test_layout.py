@@ -1,0 +1,157 @@
+"""The shape of the code: imports go downwards, the core stays small, the locks are pinned."""
+
+import ast
+import collections
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Imports go from right to left only; modules on one level do not know each other.
+LEVELS = (
+    ("axes",),
+    ("depth",),
+    ("schedule",),
+    ("ops",),
+    ("residuals",),
+    ("autodiff",),
+    ("stack",),
+    ("nnx", "linen"),
+    ("models",),
+    ("parallel",),
+    ("analysis",),
+    ("configs",),
+    ("train",),
+    ("inference",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, level in enumerate(LEVELS) for name in level}
+CORE = (
+    *("axes.py", "depth.py", "schedule.py", "ops.py", "autodiff.py", "stack.py", "nnx.py"),
+    *("linen.py", "residuals/base.py", "residuals/additive.py", "residuals/attention.py"),
+)
+STANDARD = set(sys.stdlib_module_names)
+
+
+def package_files():
+    """(file, dotted name below attnres_jax) of every module; configs/ lives at the root."""
+    for folder, prefix in ((ROOT / "attnres_jax", ()), (ROOT / "configs", ("configs",))):
+        for file in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *file.relative_to(folder).with_suffix("").parts)
+            yield file, parts
+
+
+def imported(tree, package=()):
+    """Dotted names a module imports, lazily ones included: `from a.b import c` gives a.b.c."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ("attnres_jax", *package[: len(package) - node.level]) if node.level else ()
+            base = ".".join((*above, *(node.module or "").split("."))).strip(".")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def internal(names):
+    """The first name below attnres_jax of each import from it."""
+    below = (name.removeprefix("attnres_jax.") for name in names if name.startswith("attnres_jax."))
+    return {name.split(".")[0] for name in below} - {"__version__"}
+
+
+MODULES = [pytest.param(*item, id="/".join(item[1])) for item in package_files()]
+
+
+@pytest.mark.parametrize(("file", "parts"), MODULES)
+def test_imports_go_downwards(file, parts):
+    if parts == ("__init__",):
+        pytest.skip("the package's front door may name the whole core")
+    mine = parts[0]
+    assert mine in RANK, f"{mine} has no level: give it one in LEVELS"
+    for other in internal(imported(ast.parse(file.read_text()), parts)) - {mine}:
+        assert other in RANK, f"{file.name} imports attnres_jax.{other}, which has no level"
+        assert RANK[other] < RANK[mine], f"{mine} must not import {other}"
+
+
+def test_front_door_knows_only_the_core():
+    tree = ast.parse((ROOT / "attnres_jax/__init__.py").read_text())
+    assert all(RANK[name] <= RANK["stack"] for name in internal(imported(tree)))
+
+
+def test_residual_families_know_only_the_protocol():
+    for file in (ROOT / "attnres_jax/residuals").glob("*.py"):
+        names = imported(ast.parse(file.read_text()), ("residuals", file.stem))
+        inner = {n.split(".")[2] for n in names if n.startswith("attnres_jax.residuals.")}
+        allowed = {"base"} if file.stem != "__init__" else inner
+        assert inner <= (allowed if file.stem != "base" else set()), file.name
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CORE if "nnx" not in name and "linen" not in name]
+)
+def test_the_core_needs_only_jax(name):
+    roots = roots_of(ROOT / "attnres_jax" / name)
+    assert roots <= STANDARD | {"jax", "jaxtyping", "numpy", "attnres_jax"}
+
+
+def test_schedule_is_numpy_only():
+    assert roots_of(ROOT / "attnres_jax/schedule.py") <= STANDARD | {"jaxtyping", "numpy"}
+
+
+def test_kernels_import_only_jax():
+    """jax_triton, which needs an older JAX, only inside functions of one file per op."""
+    lazy = {"jax_triton", "triton"}
+    users = collections.Counter()
+    for file in (ROOT / "pallas_kernels").rglob("*.py"):  # there is no such folder yet
+        assert roots_of(file) <= STANDARD | {"jax", "numpy", "pallas_kernels"} | lazy, file
+        users[file.parent] += bool(roots_of(file) & lazy)
+        eager = [node for node in ast.parse(file.read_text()).body if is_import(node)]
+        assert not {name.split(".")[0] for name in imported(ast.Module(eager, []))} & lazy, file
+    assert all(count <= 1 for count in users.values()), users
+
+
+def is_import(node):
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def roots_of(file):
+    names = imported(ast.parse(file.read_text()), file.relative_to(ROOT).parts[1:])
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_core_is_read_in_one_sitting():
+    lines = {name: len((ROOT / "attnres_jax" / name).read_text().splitlines()) for name in CORE}
+    assert sum(lines.values()) < 900, lines
+
+
+def test_no_file_is_long():
+    folders = ("attnres_jax", "configs", "tests", "pallas_kernels")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    assert len(lengths) > 10
+    assert not {name: lines for name, lines in lengths.items() if lines > 600}
+
+
+@pytest.mark.parametrize("target", ["cpu", "tpu", "gpu", "oldest"])
+def test_locks_are_pinned(target):
+    """One requirement per logical line: name==version, then at least one hash; no addresses."""
+    text = (ROOT / f"requirements/{target}.txt").read_text()
+    assert "http" not in text.lower()
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    requirements = [line for line in lines if not line.lstrip().startswith("#")]
+    pinned = re.compile(r"[\w.-]+(\[[\w,-]+\])?==\S+( ;.*?)?(\s+--hash=sha256:[0-9a-f]{64})+\s*")
+    assert len(requirements) > 20
+    assert [line for line in requirements if not pinned.fullmatch(line)] == []
+
+
+def test_locked_jax_is_the_targets_own():
+    """The GPU's Triton route and `make test-oldest` need JAX 0.11.2; the others the newest."""
+    jax = {t: version(t, "jax") for t in ("cpu", "tpu", "gpu", "oldest")}
+    assert (jax["gpu"], jax["oldest"]) == ("0.11.2", "0.11.2")
+    assert jax["cpu"] == jax["tpu"] != "0.11.2"
+
+
+def version(target, package):
+    text = (ROOT / f"requirements/{target}.txt").read_text()
+    return re.search(rf"^{package}==(\S+)", text, re.MULTILINE)[1]
