@@ -1,0 +1,111 @@
+"""Depth mixing as a value with seven verbs. A scheme is a small static object; no verb takes a layer index.
+
+start(x) -> history                  lives across blocks; x [B,T,D] is the embedding
+open(mix, history) -> slots, history mix: the parameters of the block's S sublayers; slots: leading axis S
+begin(history) -> stream             the carry inside a block, and what the backward pass keeps
+read(slot, history, stream, norm)    -> Read: the input of a sublayer
+write(slot, stream, y) -> stream     y [B,T,D] is the output of the sublayer
+close(history, stream) -> history
+finish(mix, history) -> Read         what the final norm and the head take
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from attnres_jax.depth import Rows
+from attnres_jax.schedule import BlockSchedule
+
+PyTree = Any
+Norm = Callable[[Array], Array]
+
+
+class Mix(NamedTuple):
+    """Parameters of a scheme: leaves [L, ...] of the sublayers, and those of the output read."""
+
+    sublayers: dict[str, Array]
+    output: dict[str, Array]
+
+    def named(self) -> dict[str, Array]:
+        """One flat table, as modules name their parameters: `query`, ..., `query_out`, ..."""
+        return self.sublayers | {f"{k}_out": v for k, v in self.output.items()}
+
+    @classmethod
+    def of(cls, named: dict[str, Array]) -> "Mix":
+        """The inverse of `named`."""
+        output = {k.removesuffix("_out"): v for k, v in named.items() if k.endswith("_out")}
+        return cls({k: v for k, v in named.items() if not k.endswith("_out")}, output)
+
+
+class Read(NamedTuple):
+    """`x` enters the sublayer, `mixture` is h before the norm, `weights` [R,B,T] of the sources.
+
+    `weights` is `None` where the scheme does not compute them in one place (two-phase reads).
+    """
+
+    x: Float[Array, "B T D"]
+    mixture: Float[Array, "B T D"]
+    weights: Float[Array, "R B T"] | None
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """The protocol; `implementation` names the op implementation (`ops.choose`)."""
+
+    implementation: str | None = None
+    append_only: ClassVar[bool] = False
+    """History is a tuple of `Rows`, to which `close` appends the stream and nothing else changes."""
+
+    def literal(self) -> "Scheme":
+        """The same scheme with every read as its equation is written."""
+        return self
+
+    @abstractmethod
+    def init(self, sublayers: int, width: int) -> Mix:
+        """The parameters at initialisation, fp32."""
+
+    @abstractmethod
+    def schedule(self, sublayers: int) -> BlockSchedule:
+        """How L sublayers are cut into blocks."""
+
+    @abstractmethod
+    def sources(self, sublayers: int) -> np.ndarray:
+        """0/1 [L + 1 reads, R sources, L + 1 outputs]: what `Read.weights` weigh."""
+
+    @abstractmethod
+    def start(self, x: Float[Array, "B T D"]) -> PyTree:
+        """The history before the first block."""
+
+    def open(self, mix: dict[str, Array], history: PyTree) -> tuple[PyTree, PyTree]:
+        """Slots of the block's sublayers, and the history."""
+        return mix, history
+
+    @abstractmethod
+    def begin(self, history: PyTree) -> PyTree:
+        """The stream at the start of a block."""
+
+    @abstractmethod
+    def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm) -> Read:
+        """What the sublayer sees."""
+
+    @abstractmethod
+    def write(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
+        """The stream after the sublayer's output."""
+
+    @abstractmethod
+    def close(self, history: PyTree, stream: PyTree) -> PyTree:
+        """The history after the block."""
+
+    @abstractmethod
+    def finish(self, mix: dict[str, Array], history: PyTree) -> Read:
+        """The output read; its `x` is not normed."""
+
+
+def append(history: tuple[Rows, ...], stream: Float[Array, "B T D"]) -> tuple[Rows, ...]:
+    """`close` of an append-only scheme. The barrier's transpose sums cotangents block by block."""
+    return (*history, Rows(jax.lax.optimization_barrier(stream)[None]))

@@ -1,0 +1,262 @@
+"""Whole stacks against the fp64 oracle, and everything `through_depth` carries beside the stream."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import toys
+
+from attnres_jax.stack import Layer
+
+# name: (scheme, block size, kinds, network shape)
+CELLS = {
+    "plain_two_kinds": ("plain", 1, "amamam", {}),
+    "full_odd_width": ("full", 1, "kmkmkmam", {"D": 33}),
+    "blocks_of_three_short_last": ("block", 3, "am" * 4, {}),
+    "blocks_of_two_cut_one_token": ("block", 2, "kmkmkmamk", {"B": 8, "T": 1}),
+    "one_block": ("block", 6, "kmkmkm", {"B": 1}),
+    "deep_blocks_of_six": ("block", 6, "am" * 27, {}),
+}
+GRID = [
+    (name, size, (pattern * 54)[:L], {})
+    for L in (1, 3, 8, 13, 54)
+    for pattern in ("am", "kmkmkmam")
+    for name, size in [("full", 1), *(("block", S) for S in (1, 2, 3, 5, 6, L) if S <= L)]
+    if (name, size, L) not in {("block", 1, 3), ("block", 1, 8), ("block", 1, 13)}
+]
+GRID = list(dict.fromkeys((name, size, kinds) for name, size, kinds, _ in GRID))
+cells = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+
+
+def check(name, size, kinds, shape):
+    """fp64: <= 1e-11. fp32: no worse than twice the literal formula, or 2e-6; two draws are pooled
+    and the width is 32, because the error of a few dozen numbers is a lottery."""
+    scheme = toys.make(name, size)
+    literal = toys.value_and_gradient(lambda toy: toys.literal(name, size, kinds, toy))
+    core = toys.value_and_gradient(lambda toy: toys.run(scheme, kinds, toy))
+    drawn = [toys.toy(scheme, kinds, seed=seed, **{"T": 8, "D": 32} | shape) for seed in (0, 1)]
+    with jax.enable_x64(True):
+        truth = [literal(toys.cast(toy, "float64")) for toy in drawn]
+        oracle.assert_close(core(toys.cast(drawn[0], "float64")), truth[0], 1e-11)
+    single = [toys.cast(toy, "float32") for toy in drawn]
+    own = oracle.errors([literal(toy) for toy in single], truth)
+    oracle.assert_close([core(toy) for toy in single], truth, max(2 * max(own.values()), 2e-6))
+
+
+@cells
+def test_stack(cell):
+    check(*cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size", "kinds"), GRID, ids=str)
+def test_stack_grid(name, size, kinds):
+    check(name, size, kinds, {})
+
+
+@cells
+def test_reference_mode_and_record(cell, x64):
+    """Values, gradients, and the outputs, mixtures and weights of every read."""
+    name, size, kinds, shape = cell
+    kinds = kinds[:8]
+    scheme = toys.make(name, size)
+    toy = toys.cast(toys.toy(scheme, kinds, **shape), "float64")
+
+    def recorded(out):
+        record = getattr(out, "record", out)  # the oracle's output is its own record
+        names = ("outputs", "mixtures", "weights")
+        return out.h, {name: getattr(record, name) for name in names}
+
+    def evaluated(network):
+        def loss(toy):
+            h, record = recorded(network(toy))
+            return jnp.sum(h * toys.probe(h)) + jnp.sum(record["mixtures"] ** 2), (h, record)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=toys.QUICK)(toy)
+
+    (_, (h, record)), gradient = evaluated(
+        lambda toy: toys.run(scheme, kinds, toy, implementation="reference", record=True)
+    )
+    (_, (want, truth)), target = evaluated(lambda toy: toys.literal(name, size, kinds, toy))
+    assert len(record["weights"]) == len(kinds) + 1
+    for weights, padded in zip(record.pop("weights"), truth.pop("weights"), strict=True):
+        oracle.assert_close(weights, padded[: len(weights)], 1e-11)
+        assert not padded[len(weights) :].any()
+    oracle.assert_close((h, record, gradient), (want, truth, target), 1e-11)
+
+
+def test_record_only_when_asked():
+    scheme = toys.make("block", 2)
+    toy = toys.cast(toys.toy(scheme, "amam"), "float32")
+    assert toys.run(scheme, "amam", toy).record is None
+
+
+# Everything a layer may carry -------------------------------------------------------------------
+
+
+class Extras:
+    """Layers that use all that `through_depth` carries: per-layer inputs of float, integer and key
+    dtype, closed-over arrays, and auxiliary outputs that differ from kind to kind."""
+
+    def __init__(self, kinds, toy):
+        self.counts = {kind: kinds.count(kind) for kind in set(kinds)}
+        T = toy.x.shape[1]
+        rng = np.random.default_rng(5)
+        self.mask = rng.random((toy.x.shape[0], T, T)) < 0.5
+        self.gains = {k: toys.draw(rng, (n,), 0.3, 1.0) for k, n in sorted(self.counts.items())}
+        self.bias = toys.draw(rng, (toy.x.shape[-1],), 0.3)
+
+    def arguments(self, toy):
+        return {"toy": toy, "gains": self.gains, "bias": self.bias}
+
+    def layers(self, arguments):
+        """`mask` and `bias` enter by closure, as traced arrays; `bias` is differentiated."""
+        bias, x = arguments["bias"], arguments["toy"].x
+        mask = jnp.asarray(self.mask) & (x[:, :1, :1] < 1e9)  # traced
+        causal = np.tri(x.shape[1], dtype=bool)
+
+        def attention(params, x, inputs):
+            score = jnp.einsum("btd,bsd->bts", x @ params["query"], x @ params["key"])
+            score = jnp.where(mask & causal | np.eye(len(causal), dtype=bool), score, -jnp.inf)
+            y = jax.nn.softmax(score) @ (x @ params["value"]) @ params["out"]
+            noise = jax.random.normal(inputs["key"], x.shape, "float32").astype(x.dtype)
+            y = inputs["gain"] * y + 0.1 * noise
+            return y, {"square": jnp.mean(y**2), "keys": x @ params["key"]}
+
+        def mlp(params, x, inputs):
+            x = jnp.roll(x, inputs["shift"], axis=-1) + bias
+            y = inputs["gain"] * jnp.tanh(x @ params["up"]) @ params["down"]
+            return y, jnp.sum(jnp.abs(y), axis=(1, 2))
+
+        def make(params):
+            apply = {"a": attention, "m": mlp, "k": toys.cumulative}
+            return {
+                k: Layer(toys.rms_norm, apply[k], params[k], self.inputs(k, arguments["gains"]))
+                for k in params
+            }
+
+        return make
+
+    def inputs(self, kind, gains):
+        n = self.counts[kind]
+        other = {
+            "a": {"key": jax.random.split(jax.random.key(7), n)},
+            "m": {"shift": jnp.arange(n, dtype=jnp.int32)},
+            "k": {"unused": jnp.zeros((n, 2), jnp.int32)},
+        }
+        return {"gain": gains[kind]} | other[kind]
+
+    def result(self, network, toy, dtype="float64"):
+        """h, aux, and all gradients of a loss that hangs on both."""
+
+        def loss(arguments):
+            out = network(arguments["toy"], self.layers(arguments))
+            total = jnp.sum(out.h * jnp.asarray(toys.probe(out.h), out.h.dtype))
+            losses = [jnp.sum(leaf**2) / leaf.size for leaf in jax.tree.leaves(out.aux)]
+            return total + sum(losses), {"h": out.h, "aux": out.aux}
+
+        arguments = toys.cast(self.arguments(toy), dtype)
+        (_, values), gradient = jax.jit(
+            jax.value_and_grad(loss, has_aux=True), compiler_options=toys.QUICK
+        )(arguments)
+        return values | {"gradient": gradient}
+
+
+POLICIES = (
+    jax.checkpoint_policies.nothing_saveable,
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.everything_saveable,
+)
+CARRIED = {
+    "plain": ("plain", 1, "amkm"),
+    "full": ("full", 1, "amkm"),
+    "repeated_then_not": ("block", 2, "amamk"),
+    "short_last": ("block", 3, "amkma"),
+}
+
+
+@pytest.mark.parametrize("case", CARRIED.values(), ids=CARRIED)
+def test_everything_carried(case, x64):
+    """Auxiliary outputs, inputs and closures give the oracle's values and gradients."""
+    name, size, kinds = case
+    scheme = toys.make(name, size)
+    toy = toys.toy(scheme, kinds, B=2, T=3, D=6)
+    extras = Extras(kinds, toy)
+    want = extras.result(lambda toy, make: toys.literal(name, size, kinds, toy, make), toy)
+    assert np.abs(want["gradient"]["bias"]).max() > 1e-3
+    got = extras.result(lambda toy, make: toys.run(scheme, kinds, toy, make), toy)
+    oracle.assert_close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["plain", "block"])
+def test_policies(name, x64):
+    """What is kept for the backward pass changes no value and no gradient."""
+    kinds, scheme = "amkmam", toys.make(name, 4)
+    toy = toys.toy(scheme, kinds, B=1, T=3, D=6)
+    extras = Extras(kinds, toy)
+    want = extras.result(lambda toy, make: toys.literal(name, 4, kinds, toy, make), toy)
+    for policy in POLICIES:
+        got = extras.result(
+            lambda t, make, p=policy: toys.run(scheme, kinds, t, make, policy=p), toy
+        )
+        oracle.assert_close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_aux_is_stacked_in_order_of_depth(implementation):
+    """A kind's auxiliary outputs come back in the order its letters stand in `kinds`."""
+    kinds, scheme = "amkmamam", toys.make("block", 3)
+    toy = toys.cast(toys.toy(scheme, kinds, B=1, T=2, D=4), "float32")
+
+    def make(params):
+        def apply(params, x, inputs):
+            return x, {"place": inputs}
+
+        return {
+            kind: Layer(toys.rms_norm, apply, params[kind], places)
+            for kind, places in (
+                (kind, np.flatnonzero(np.array(list(kinds)) == kind).astype(np.int32))
+                for kind in params
+            )
+        }
+
+    out = jax.jit(lambda t: toys.run(scheme, kinds, t, make, implementation=implementation))(toy)
+    places = {kind: aux["place"].tolist() for kind, aux in out.aux.items()}
+    assert places == {"a": [0, 4, 6], "m": [1, 3, 5, 7], "k": [2]}
+
+
+def test_no_aux_stays_none():
+    scheme = toys.make("block", 2)
+    toy = toys.cast(toys.toy(scheme, "amam"), "float32")
+    assert toys.run(scheme, "amam", toy).aux == {"a": None, "m": None}
+
+
+@pytest.mark.parametrize("name", ["plain", "full", "block"])
+def test_activations_keep_their_dtype(name):
+    """bf16 in, bf16 out, with the AttnRes parameters in fp32."""
+    kinds, scheme = "amamam", toys.make(name, 2)
+    toy = toys.cast(toys.toy(scheme, kinds), "float32")
+    toy = toy._replace(x=toy.x.astype("bfloat16"), params=toys.cast(toy.params, "bfloat16"))
+    h = jax.eval_shape(lambda t: toys.run(scheme, kinds, t).h, toy)
+    assert h.dtype == jnp.bfloat16
+    loss = jax.grad(lambda t: toys.run(scheme, kinds, t).h.astype("float32").sum())
+    gradient = jax.eval_shape(loss, toy)
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (gradient, toy)]
+    assert dtypes[0] == dtypes[1]
+
+
+# Errors -----------------------------------------------------------------------------------------
+
+
+def test_errors_name_what_is_wrong():
+    scheme = toys.make("block", 2)
+    toy = toys.cast(toys.toy(scheme, "amam"), "float32")
+    with pytest.raises(ValueError, match="k"):
+        toys.run(scheme, "amak", toy)  # no layer of this kind
+    with pytest.raises(ValueError, match=r"'a'.*must be 3"):
+        toys.run(scheme, "amamam", toy)  # two layers of a kind, three in the string
+    with pytest.raises(ValueError, match="kernel"):
+        toys.run(scheme, "amam", toy, implementation="kernel")
+    with pytest.raises(ValueError, match="block_size"):
+        toys.run(toys.make("block", 5), "amam", toy)
