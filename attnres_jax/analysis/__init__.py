@@ -1,0 +1,1 @@
+"""What a model does over depth, and runs side by side."""

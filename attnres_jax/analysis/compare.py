@@ -1,0 +1,336 @@
+"""Runs side by side: one table, a caveat for whatever is not like for like, and the figures.
+
+Runs that differ only in the seed are one row: mean and sample standard deviation. Differences are
+to the first row (the plain residual if it is there), paired by seed.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from attnres_jax import residuals
+from attnres_jax.analysis import figures
+from attnres_jax.analysis.dynamics import DepthStatistics
+from attnres_jax.analysis.figures import Series
+
+SCHEME_KEYS = ("residual", "block_size", "key_norm_eps")
+BOOKKEEPING = (
+    *(f"train.{key}_every" for key in ("log", "depth", "eval")),
+    *("checkpoint.every", "checkpoint.keep"),
+)
+"""Keys that change what is written down, never what is trained or measured."""
+
+
+class NotComparable(ValueError):
+    """Runs that make no table."""
+
+
+class Run(NamedTuple):
+    """A finished run: what its workdir holds, and what its model does on held-out tokens."""
+
+    name: str
+    config: dict[str, Any]
+    """Flat: dotted key to value."""
+    kinds: str
+    parameters: int
+    train: list[dict[str, Any]]
+    depth: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    statistics: DepthStatistics
+    matrix: np.ndarray
+    """M of the last token of the first held-out window, [L+1, L+1]."""
+
+
+class Group(NamedTuple):
+    """Runs that differ only in the seed, by seed."""
+
+    label: str
+    runs: dict[int, Run]
+
+    @property
+    def first(self) -> Run:
+        """The run with the lowest seed."""
+        return next(iter(self.runs.values()))
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation (None for one value) of n values."""
+
+    mean: float
+    deviation: float | None
+    n: int
+
+
+class Summary(NamedTuple):
+    """A row of the table."""
+
+    scheme: str
+    seeds: tuple[int, ...]
+    parameters: int
+    steps: int
+    tokens: int
+    bits_per_byte: Spread
+    difference: Spread | None
+    """In bits per byte, to the first row, over common seeds; None for the first, or without any."""
+    perplexity: Spread
+    train_loss: Spread
+    """Nats per token, mean of the last tenth of the logged steps."""
+    tokens_per_s: Spread
+    """Median over the logged steps."""
+    minutes: Spread
+
+
+def scheme(config: dict[str, Any]) -> residuals.Scheme:
+    """The residual scheme of a flat config."""
+    return residuals.make(
+        config["residual"], block_size=config["block_size"], eps=config["key_norm_eps"]
+    )
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs by everything but the seed, the plain residual first, else in the order given."""
+    found: dict[tuple, dict[int, Run]] = {}
+    for run in sorted(runs, key=lambda run: run.config["residual"] != "plain"):
+        seeds = found.setdefault(tuple(sorted(_identity(run).items())), {})
+        seed = run.config["seed"]
+        if seed in seeds:
+            names = f"{seeds[seed].name} and {run.name}"
+            raise NotComparable(f"{names} have the same config and seed {seed}: leave one out")
+        seeds[seed] = run
+    members = [dict(sorted(seeds.items())) for seeds in found.values()]
+    return [Group(label, runs) for label, runs in zip(_labels(members), members, strict=True)]
+
+
+def summaries(runs: Sequence[Run]) -> list[Summary]:
+    """The rows of the table."""
+    rows = groups(runs)
+    return [_summary(group, None if group is rows[0] else rows[0]) for group in rows]
+
+
+def caveats(runs: Sequence[Run]) -> list[str]:
+    """Why the comparison is not like for like, one line each; empty when it is."""
+    configs = [run.config for run in runs]
+    free = {*SCHEME_KEYS, *BOOKKEEPING, "seed"}
+    differing = [key for key in sorted(set().union(*configs) - free) if _different(configs, key)]
+    lines = [f"runs differ in {key}: {_values(configs, key)}" for key in differing]
+    for key in ("step", "tokens"):
+        if _different([run.evaluation for run in runs], key):
+            values = _values([run.evaluation for run in runs], key)
+            lines.append(f"runs were evaluated with different {key}: {values}")
+    seeds = {group.label: tuple(group.runs) for group in groups(runs)}
+    if len(set(seeds.values())) > 1:
+        spelled = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
+        lines.append(f"runs differ in the set of seeds ({spelled}); differences use common seeds")
+    return lines
+
+
+def table(runs: Sequence[Run]) -> tuple[Table, str]:
+    """The comparison as a rich table and as markdown."""
+    header, rows = _cells(summaries(runs))
+    rich = Table(pad_edge=False, collapse_padding=True)
+    for at, name in enumerate(header):
+        rich.add_column(name, justify="right" if at else "left", no_wrap=at == 0)
+    for row in rows:
+        rich.add_row(*row)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [header, rule, *rows]
+    return rich, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def report(runs: Sequence[Run], out: Path) -> None:
+    """Print the table; write comparison.md, comparison.json and the figures into folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    rich, markdown = table(runs)
+    notes = caveats(runs)
+    console = Console()
+    console.print(rich)
+    for note in notes:
+        console.print(f"Not like for like: {note}", style="yellow", markup=False)
+    drawn = draw(runs, out)
+    text = ["# Comparison\n", *(f"> **Not like for like:** {note}\n" for note in notes), markdown]
+    text.append(LEGEND)
+    text += [f"## {caption}\n\n![{caption}]({path.name})\n" for path, caption in drawn]
+    (out / "comparison.md").write_text("\n".join(text))
+    (out / "comparison.json").write_text(json.dumps(_json(runs, notes), indent=1) + "\n")
+    console.print(f"Wrote {out / 'comparison.md'} and {len(drawn)} figures.", markup=False)
+
+
+LEGEND = """
+Several seeds: mean ± sample standard deviation. The difference is to the first row, in bits per
+byte, paired by seed (negative is better). Train loss: nats per token, mean of the last tenth of the
+logged steps. Speed: median. Held-out numbers are those of the evaluation after the last step.
+"""
+
+
+def draw(runs: Sequence[Run], out: Path) -> list[tuple[Path, str]]:
+    """Write every figure; returns (path, caption)."""
+    rows = groups(runs)
+    matrices = {group.label: group.first.matrix for group in rows}
+    token = "last token of the first held-out window"
+    made = [
+        ("loss", "Loss", figures.loss_curves(*_curves(rows))),
+        ("depth", "Output RMS and gradient norm", figures.depth_dynamics(*_by_depth(rows))),
+        *(_heatmap(group) for group in rows if group.first.statistics.weights.shape[1] > 1),
+        ("matrix", "Depth mixing matrix M", figures.depth_matrices(matrices, token)),
+    ]
+    return [(figures.save(figure, out / f"{name}.png"), caption) for name, caption, figure in made]
+
+
+def _heatmap(group):
+    kinds = group.first.kinds
+    weights = np.mean([run.statistics.weights for run in group.runs.values()], axis=0)
+    schedule = scheme(group.first.config).schedule(len(kinds))
+    slug = "".join(c if c.isalnum() else "-" for c in group.label.lower()).strip("-")
+    figure = figures.weight_heatmap(weights, kinds, schedule, group.label)
+    return f"weights-{slug}", f"Depth weights: {group.label}", figure
+
+
+def _curves(rows):
+    pairs = [(group.label, run) for group in rows for run in group.runs.values()]
+    train = [_bits(label, run.train) for label, run in pairs]
+    return train, [_bits(label, _heldout(run)) for label, run in pairs]
+
+
+def _heldout(run):
+    last = run.evaluation
+    return [*(row for row in run.heldout if row["step"] < last["step"]), last]
+
+
+def _bits(label, metrics):
+    return Series(label, [m["step"] for m in metrics], [m["bits_per_byte"] for m in metrics])
+
+
+def _by_depth(rows):
+    rms, gradients = [], []
+    for group in rows:
+        for run in group.runs.values():
+            sublayers = range(1, len(run.kinds) + 1)
+            rms.append(Series(group.label, sublayers, run.statistics.output_rms.tolist()))
+            gradients.append(Series(group.label, sublayers, run.depth[-1]["gradient_norm"]))
+    return rms, gradients
+
+
+def _identity(run):
+    """What makes two runs seeds of one thing; keys that a scheme does not read do not count."""
+    unread = {"plain": ("block_size", "key_norm_eps"), "full": ("block_size",)}
+    drop = {"seed", *BOOKKEEPING, *unread.get(run.config["residual"], ())}
+    return {key: value for key, value in run.config.items() if key not in drop}
+
+
+def _labels(members):
+    """The scheme, and what else tells rows of the same scheme apart."""
+    configs = [_identity(next(iter(runs.values()))) for runs in members]
+    names = [_scheme_label(config) for config in configs]
+    labels = []
+    for name, config in zip(names, configs, strict=True):
+        twins = [other for label, other in zip(names, configs, strict=True) if label == name]
+        keys = [key for key in sorted(set().union(*twins)) if _different(twins, key)]
+        detail = ", ".join(f"{key}={config.get(key)}" for key in keys)
+        labels.append(f"{name} ({detail})" if detail else name)
+    return labels
+
+
+def _scheme_label(config):
+    name = config["residual"]
+    return f"{name} S={config['block_size']}" if name == "block" else name
+
+
+def _different(dicts, key):
+    return len({json.dumps(d.get(key)) for d in dicts}) > 1
+
+
+def _values(dicts, key):
+    return ", ".join(dict.fromkeys(str(d.get(key, "absent")) for d in dicts))
+
+
+def _summary(group, baseline):
+    runs = list(group.runs.values())
+    return Summary(
+        group.label,
+        tuple(group.runs),
+        runs[0].parameters,
+        runs[0].evaluation["step"],
+        _tokens(runs[0]),
+        _spread([run.evaluation["bits_per_byte"] for run in runs]),
+        baseline and _difference(group, baseline),
+        _spread([run.evaluation["perplexity"] for run in runs]),
+        _spread([_train_loss(run) for run in runs]),
+        _spread([float(np.median([row["tokens_per_s"] for row in run.train])) for run in runs]),
+        _spread([_seconds(run.train) / 60 for run in runs]),
+    )
+
+
+def _tokens(run):
+    return run.evaluation["step"] * run.config["data.batch"] * run.config["data.length"]
+
+
+def _difference(group, baseline):
+    common = [seed for seed in group.runs if seed in baseline.runs]
+    bits = [
+        [of.runs[seed].evaluation["bits_per_byte"] for seed in common] for of in (group, baseline)
+    ]
+    return _spread([a - b for a, b in zip(*bits, strict=True)]) if common else None
+
+
+def _train_loss(run):
+    first = 0.9 * run.train[-1]["step"]
+    return float(np.mean([row["loss"] for row in run.train if row["step"] >= first]))
+
+
+def _seconds(train):
+    """Time over all processes of a run: the clock restarts when a run is resumed."""
+    clock = [row["seconds"] for row in train]
+    return clock[-1] + sum(a for a, b in pairwise(clock) if b < a)
+
+
+def _spread(values):
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(float(np.mean(values)), deviation, len(values))
+
+
+def _cells(rows):
+    header = ["scheme", "seeds", "param.", "steps", "tokens", "held-out bits/byte", "difference"]
+    header += ["perplexity", "train loss", "tokens/s", "minutes"]
+    return header, [
+        [
+            row.scheme,
+            str(len(row.seeds)),
+            f"{row.parameters:,}",
+            f"{row.steps:,}",
+            _short(row.tokens),
+            _show(row.bits_per_byte, ".4f"),
+            _show(row.difference, "+.4f") if row.difference else "",
+            _show(row.perplexity, ".3f"),
+            _show(row.train_loss, ".4f"),
+            f"{row.tokens_per_s.mean:,.0f}",
+            f"{row.minutes.mean:.1f}",
+        ]
+        for row in rows
+    ]
+
+
+def _show(spread, form):
+    mean = format(spread.mean, form)
+    return mean if spread.deviation is None else f"{mean} ± {format(spread.deviation, form[-3:])}"
+
+
+def _short(count):
+    power = min(3, int(math.log10(max(count, 1)) // 3))
+    return f"{count / 1000**power:.4g}{('', 'k', 'M', 'G')[power]}"
+
+
+def _json(runs, notes):
+    rows = [
+        {key: v._asdict() if isinstance(v, Spread) else v for key, v in row._asdict().items()}
+        for row in summaries(runs)
+    ]
+    each = [{"name": run.name, "config": run.config, "eval": run.evaluation} for run in runs]
+    return {"rows": rows, "not_like_for_like": notes, "runs": each}

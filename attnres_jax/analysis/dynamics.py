@@ -1,0 +1,52 @@
+"""Dynamics by depth: output RMS, gradient norm, entropy and weights of reads (Figures 5 and 8)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import entr
+from jaxtyping import Array, Float
+
+from attnres_jax.axes import compute_dtype
+from attnres_jax.stack import Record
+
+
+class DepthStatistics(NamedTuple):
+    """Means over all recorded tokens; what a trainer logs and a figure shows."""
+
+    output_rms: Float[Array, " L"]
+    """RMS of v_1 .. v_L, what each sublayer adds."""
+    entropy: Float[Array, " reads"]
+    """Entropy in nats of the weights of each of the L + 1 reads; 0 for one source."""
+    weights: Float[Array, "reads R"]
+    """Mean weight of each source of each read, zero where a read has fewer sources."""
+
+
+def depth_statistics(record: Record) -> DepthStatistics:
+    """Statistics of a recorded forward pass; usable inside jit."""
+    outputs = record.outputs[1:].astype(compute_dtype(record.outputs.dtype))
+    most = max(map(len, record.weights))
+    return DepthStatistics(
+        jnp.sqrt(jnp.mean(outputs**2, (1, 2, 3))),
+        jnp.stack([jnp.mean(jnp.sum(entr(w), 0)) for w in record.weights]),
+        jnp.stack([jnp.pad(jnp.mean(w, (1, 2)), (0, most - len(w))) for w in record.weights]),
+    )
+
+
+def gradient_norm(gradients: Mapping[str, Any], kinds: str) -> Float[Array, " L"]:
+    """L2 norm of each sublayer's parameter gradient, in order of depth; usable inside jit.
+
+    `gradients` is an `nnx.State` or a pure dict with leaves `layers/<kind>/...` [n_kind, ...].
+    """
+    order = sorted(set(kinds))
+    squares = jnp.concatenate([_squares(gradients["layers"][kind]) for kind in order])
+    first = {kind: sum(map(kinds.count, order[:at])) for at, kind in enumerate(order)}
+    position = [first[kind] + kinds[:at].count(kind) for at, kind in enumerate(kinds)]
+    return jnp.sqrt(squares[np.array(position)])
+
+
+def _squares(stacked):
+    leaves = (leaf.astype(compute_dtype(leaf.dtype)) for leaf in jax.tree.leaves(stacked))
+    return sum(jnp.sum(leaf**2, tuple(range(1, leaf.ndim))) for leaf in leaves)

@@ -1,0 +1,210 @@
+"""Figures: one function each, which returns a `Figure` (no pyplot: nothing global or to close).
+
+Colours are those of Okabe and Ito, safe for the colour-blind; a scheme has its own everywhere.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from attnres_jax.schedule import BlockSchedule
+
+COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00"}
+DASHES = ("-", "--", ":", "-.")
+OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+READS = {"a": "Pre-attention reads", "m": "Pre-MLP reads"}
+WEIGHT_NORM = PowerNorm(0.5, 0, 1)
+"""Weights on one scale in every figure; the square root keeps 1/L visible beside 1."""
+
+
+class Series(NamedTuple):
+    """One run's line. Lines with the same label (seeds of a scheme) share their look."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def colour(label: str) -> str:
+    """The colour of the scheme a label begins with; an unknown one always gets the same."""
+    scheme = label.split()[0]
+    return COLOURS.get(scheme) or OTHERS[zlib.crc32(scheme.encode()) % len(OTHERS)]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG, sharp at the width of a README."""
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
+    """Bits per byte against the step: the whole run, and its second half close up."""
+    figure = _figure(10.0, 4.0)
+    whole, end = figure.subplots(1, 2)
+    last = max(max(line.x) for line in train)
+    for axes in (whole, end):
+        _lines(axes, train, linewidth=1.6)
+        _dots(axes, heldout)
+        axes.set(xlabel="step (optimizer updates)", ylabel="bits / byte")
+    whole.set_title("Training (lines) and held-out (dots) loss")
+    end.set_title("The second half")
+    points = [point for line in (*train, *heldout) for point in zip(line.x, line.y, strict=True)]
+    late = [y for x, y in points if x >= last / 2]
+    margin = 0.05 * (max(late) - min(late)) or 0.05
+    end.set(xlim=(0.49 * last, 1.01 * last), ylim=(min(late) - margin, max(late) + margin))
+    whole.legend(frameon=False)
+    return figure
+
+
+def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]) -> Figure:
+    """Output RMS and gradient norm of every sublayer."""
+    figure = _figure(10.0, 4.0)
+    left, right = figure.subplots(1, 2)
+    for axes, lines in ((left, output_rms), (right, gradient_norm)):
+        last = max(max(line.x) for line in lines)
+        _lines(axes, lines, linewidth=1.6, marker="o" if last <= 24 else "", markersize=3)
+        axes.set(xlabel="sublayer", yscale="log", xlim=(0.5, last + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        _plain_log_ticks(axes)
+    left.set(title="Output of each sublayer", ylabel="RMS over tokens and channels")
+    right.set(title="Parameter gradient of each sublayer", ylabel="L2 norm (nats / token)")
+    left.legend(frameon=False)
+    return figure
+
+
+def weight_heatmap(
+    weights: Float[Any, "reads R"], kinds: str, schedule: BlockSchedule, title: str = ""
+) -> Figure:
+    """Mean weight of every source in every read, one panel for each kind of sublayer.
+
+    The output read stands below the reads of the first kind, whose place in depth it takes.
+    """
+    table, columns = _by_source(np.asarray(weights), schedule)
+    letters = list(dict.fromkeys(kinds))
+    figure = _figure(max(5.0, 4.6 * len(letters)), 4.6)
+    panels = np.atleast_1d(figure.subplots(1, len(letters)))
+    for letter, axes in zip(letters, panels, strict=True):
+        reads = [at for at, kind in enumerate(kinds) if kind == letter]
+        names = [str(at + 1) for at in reads]
+        if letter == letters[0]:
+            reads, names = [*reads, len(kinds)], [*names, "out"]
+        _image(axes, table[reads])
+        _ticks(axes.yaxis, names)
+        _ticks(axes.xaxis, columns)
+        axes.set_title(READS.get(letter, f"Reads before kind {letter!r}"))
+        axes.set_xlabel(_source_axis(schedule))
+    panels[0].set_ylabel("sublayer that reads (out: the output read)")
+    _colourbar(figure, panels, "mean weight")
+    figure.suptitle(title)
+    return figure
+
+
+def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: str) -> Figure:
+    """M of one token, side by side: the weight of every output v_i in every read h_l."""
+    figure = _figure(max(5.0, 3.7 * len(matrices) + 0.7), 4.4, "compressed")
+    panels = np.atleast_1d(figure.subplots(1, len(matrices)))
+    for (label, matrix), axes in zip(matrices.items(), panels, strict=True):
+        reads = len(matrix)
+        past = np.tri(reads, dtype=bool)
+        _image(axes, np.where(past, matrix, np.nan), "equal")
+        _ticks(axes.xaxis, ["emb", *map(str, range(1, reads))])
+        _ticks(axes.yaxis, [*map(str, range(1, reads)), "out"])
+        axes.set(xlabel="output of sublayer (emb: embedding)")
+        axes.set_title(label, color=colour(label))
+    panels[0].set_ylabel("sublayer that reads (out: the output read)")
+    _colourbar(figure, panels, "weight")
+    figure.suptitle(f"Depth mixing matrix M, {token}")
+    return figure
+
+
+def _figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    figure = Figure((width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _lines(axes: Axes, lines, **look):
+    """A line for each label, the mean of its seeds, which are faint; twins in colour get dashes."""
+    labels = list(dict.fromkeys(line.label for line in lines))
+    for label in labels:
+        twins = [other for other in labels if colour(other) == colour(label)]
+        dashes = DASHES[twins.index(label) % len(DASHES)]
+        style: dict[str, Any] = {"color": colour(label), "linestyle": dashes}
+        seeds = [line for line in lines if line.label == label]
+        for seed in seeds if len(seeds) > 1 else ():
+            axes.plot(seed.x, seed.y, **style, alpha=0.25, linewidth=0.8)
+        axes.plot(*_mean(seeds), **style, label=label, **look)
+    _clean(axes)
+
+
+def _dots(axes: Axes, lines):
+    look: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"}
+    for line in lines:
+        axes.plot(line.x, line.y, color=colour(line.label), linestyle="none", **look)
+
+
+def _mean(seeds):
+    """Mean over seeds at the x that all of them have."""
+    values = [dict(zip(map(float, seed.x), seed.y, strict=True)) for seed in seeds]
+    x = sorted(set.intersection(*map(set, values)))
+    return x, [float(np.mean([value[at] for value in values])) for at in x]
+
+
+def _clean(axes):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_log_ticks(axes):
+    """Numbers rather than powers of ten: 1, 2, 5 of each decade, or all if there is about one."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 6 else range(1, 10)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _by_source(weights, schedule: BlockSchedule):
+    """[L+1, sources], one column a block, the running sum last; NaN: not a source of that read."""
+    blocks, size = len(schedule.sizes), schedule.block_size
+    table = np.full((schedule.sublayers + 1, blocks + 2), np.nan)
+    for read, count in enumerate(schedule.counts):
+        completed = blocks if read == schedule.sublayers else read // size
+        table[read, : completed + 1] = weights[read, : completed + 1]
+        if count > completed + 1:
+            table[read, -1] = weights[read, completed + 1]
+    names = ["emb", *map(str, range(1, blocks + 1))]
+    return (table[:, :-1], names) if size == 1 else (table, [*names, "sum"])
+
+
+def _source_axis(schedule):
+    if schedule.block_size == 1:
+        return "source: embedding, sublayer"
+    return "source: embedding, block, running sum"
+
+
+def _image(axes, values, aspect="auto"):
+    axes.set_facecolor("#d9d9d9")
+    axes.imshow(values, "viridis", WEIGHT_NORM, aspect=aspect, interpolation="nearest")
+
+
+def _ticks(axis, names, most=11):
+    """Name every row or column, or every second, third ...; the last always, none too near it."""
+    last, every = len(names) - 1, -(-len(names) // most)
+    shown = [*range(0, last - every + 1, every), last]
+    axis.set_ticks(shown, [names[at] for at in shown])
+
+
+def _colourbar(figure, panels, label):
+    ticks = [0, 0.02, 0.1, 0.25, 0.5, 0.75, 1]
+    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, ticks=ticks, pad=0.02)

@@ -1,0 +1,138 @@
+"""What a model is made of, before it is trained: parameters, FLOPs and residual bytes per token.
+
+FLOPs: 2 for each multiply-add of the matrix products, of attention scores and values over all T
+positions (the causal half is computed and masked, so it is counted), and of every read over depth:
+key norm, score and mixture of each source, 6D in all, as the definition says (the two-phase form
+shares the key norms of a block and executes fewer). Element-wise work is not counted, the plain
+residual's addition included. Training is three times forward; rematerialisation is not counted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from attnres_jax.models.table import Parameter, parameter_table
+from attnres_jax.models.transformer import ModelConfig, abstract
+
+
+class Cost(NamedTuple):
+    """Of one model at one length; FLOPs of one token."""
+
+    parameters: int
+    matmul_flops: int
+    attention_flops: int
+    depth_flops: int
+    residual_bytes: float
+    """Traffic of the residual path, per token and sublayer, by Table 1 of the paper."""
+
+    @property
+    def forward_flops(self) -> int:
+        """Of one token, forward."""
+        return self.matmul_flops + self.attention_flops + self.depth_flops
+
+    @property
+    def training_flops(self) -> int:
+        """Forward and backward."""
+        return 3 * self.forward_flops
+
+
+def parameters(config: ModelConfig) -> list[Parameter]:
+    """The parameter table of a model that is never allocated."""
+    return parameter_table(abstract(config))
+
+
+def totals(table: Iterable[Parameter]) -> dict[str, int]:
+    """Number of parameters by group."""
+    counts: dict[str, int] = {}
+    for parameter in table:
+        counts[parameter.group] = counts.get(parameter.group, 0) + _count(parameter)
+    return counts
+
+
+def cost(config: ModelConfig, length: int) -> Cost:
+    """Parameters, FLOPs and bytes of a model on sequences of `length` tokens."""
+    counts = totals(parameters(config))
+    head = config.width * config.vocab
+    head_width = config.width // config.heads
+    return Cost(
+        sum(counts.values()),
+        2 * (counts["matrix"] + head),
+        4 * config.blocks * config.heads * head_width * length,
+        _depth_flops(config),
+        _residual_bytes(config),
+    )
+
+
+def report(config: ModelConfig, length: int) -> None:
+    """Print parameters, cost per token at `length`, and what the residual scheme adds to plain."""
+    console = Console()
+    console.print(_parameter_table(parameters(config)))
+    console.print(_cost_table(config, length))
+
+
+def _depth_flops(config):
+    if config.residual == "plain":
+        return 0
+    return 6 * config.width * sum(config.scheme.schedule(config.sublayers).counts)
+
+
+def _residual_bytes(config):
+    """Table 1: 3D, (S+N)D for Full with its dispatch unit S = 1, and (N/S+5)D for Block."""
+    schedule = config.scheme.schedule(config.sublayers)
+    size, number = schedule.block_size, len(schedule.sizes)
+    rows = {"plain": 3.0, "full": size + number, "block": number / size + 5}
+    return rows[config.residual] * config.width * np.dtype(config.dtype).itemsize
+
+
+def _count(parameter):
+    return int(np.prod(parameter.shape))
+
+
+def _parameter_table(table):
+    rich = Table("path", "shape", "count", "group", "weight decay", title="Parameters")
+    rich.columns[2].justify = "right"
+    for p in table:
+        shape = " x ".join(map(str, p.shape))
+        rich.add_row(p.path, shape, f"{_count(p):,}", p.group, "yes" if p.decay else "")
+    rich.add_section()
+    for group, count in totals(table).items():
+        rich.add_row(f"total {group}", "", f"{count:,}", group)
+    rich.add_row("total", "", f"{sum(map(_count, table)):,}")
+    return rich
+
+
+def _cost_table(config, length):
+    own, plain = cost(config, length), cost(replace(config, residual="plain"), length)
+    title = f"Cost of one token, sequences of {length} tokens"
+    rich = Table("", "plain", config.residual, "added", "added %", title=title, caption=DEFINITION)
+    for column in rich.columns[1:]:
+        column.justify = "right"
+    for name, field in ROWS.items():
+        a, b = getattr(plain, field), getattr(own, field)
+        rich.add_row(name, f"{a:,.0f}", f"{b:,.0f}", f"{b - a:+,.0f}", _percent(a, b))
+    return rich
+
+
+ROWS: dict[str, Any] = {
+    "parameters": "parameters",
+    "FLOPs: matrix products": "matmul_flops",
+    "FLOPs: attention over T": "attention_flops",
+    "FLOPs: reads over depth": "depth_flops",
+    "FLOPs: forward": "forward_flops",
+    "FLOPs: training (3 x)": "training_flops",
+    "bytes: residual path, a sublayer": "residual_bytes",
+}
+
+
+DEFINITION = (
+    "2 FLOPs a multiply-add: matrix products, attention scores and values at all positions "
+    "(no causal saving), 6D a source of a read. Bytes: Table 1 of the paper."
+)
+
+
+def _percent(before, after):
+    return f"{100 * (after / before - 1):+.2f}" if before else ""

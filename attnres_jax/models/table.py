@@ -1,0 +1,58 @@
+"""The one table of parameters: path, shape, axes, optimizer group, decay, in forward order."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# (path, axes of style.md without the stack's, optimizer group); every parameter matches exactly one.
+RULES = (
+    (r"embed/embedding", "VD", "embedding"),
+    (r"mix/(query|key_scale)", "LD", "depth"),
+    (r"layers/a/norm/scale", "D", "norm"),
+    (r"layers/a/query/kernel", "DHK", "matrix"),
+    (r"layers/a/(key|value)/kernel", "DHK", "matrix"),
+    (r"layers/a/out/kernel", "HKD", "matrix"),
+    (r"layers/m/norm/scale", "D", "norm"),
+    (r"layers/m/(gate|up)/kernel", "DF", "matrix"),
+    (r"layers/m/down/kernel", "FD", "matrix"),
+    (r"mix/(query|key_scale)_out", "D", "depth"),
+    (r"norm/scale", "D", "norm"),
+    (r"head/kernel", "DV", "head"),
+)
+
+
+class Parameter(NamedTuple):
+    """One leaf; a stack of layers has "L" before the layer's own `axes`, and its layers' count in `shape`."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: str
+    group: str
+    decay: bool
+
+
+def parameter_table(model: nnx.Module) -> list[Parameter]:
+    """Every parameter of `model` (abstract or real). A parameter without a rule raises `ValueError`."""
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    rows = [_row(path_name(path), leaf) for path, leaf in leaves]
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+
+
+def path_name(path: tuple) -> str:
+    """The path of a leaf as the table writes it: `layers/a/query/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _row(path, leaf):
+    for order, (pattern, axes, group) in enumerate(RULES):
+        if re.fullmatch(pattern, path):
+            axes = ("L" if path.startswith("layers/") else "") + axes
+            decay = group in ("matrix", "head")
+            return order, Parameter(path, leaf.shape, leaf.dtype, axes, group, decay)
+    raise ValueError(
+        f"no rule of models/table.py covers the parameter {path} {leaf.shape}: add one"
+    )

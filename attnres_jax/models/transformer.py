@@ -1,0 +1,139 @@
+"""A decoder-only language model in Flax NNX over stacked layers; the residual scheme is a config value."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from attnres_jax import residuals
+from attnres_jax.axes import compute_dtype
+from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
+from attnres_jax.nnx import DepthMix
+from attnres_jax.residuals import Scheme
+from attnres_jax.stack import DepthOutput, Layer, through_depth
+
+KINDS = {"a": Attention, "m": SwiGLU}
+REMAT = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices; `blocks` are transformer blocks, `block_size` counts sublayers (two per block).
+
+    `remat` says what a sublayer keeps for the backward pass, beside the stream that enters it.
+    """
+
+    vocab: int
+    blocks: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    key_norm_eps: float = 1e-6
+    tied: bool = True
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: Literal["nothing", "dots", "everything"] = "nothing"
+    residual: str = "block"
+    block_size: int = 8
+
+    @property
+    def kinds(self) -> str:
+        """One letter per sublayer."""
+        return "am" * self.blocks
+
+    @property
+    def sublayers(self) -> int:
+        """L."""
+        return len(self.kinds)
+
+    @property
+    def param_dtype(self) -> jnp.dtype:
+        """Master parameters: fp32, or fp64 when everything is."""
+        return compute_dtype(self.dtype)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The residual scheme."""
+        size, eps = self.block_size, self.key_norm_eps
+        return residuals.make(self.residual, block_size=size, eps=eps)
+
+
+class Output(NamedTuple):
+    """Logits in at least fp32, and what the loop over depth returned."""
+
+    logits: Float[Array, "B T V"]
+    depth: DepthOutput
+
+
+class Transformer(nnx.Module):
+    """Embedding, sublayers mixed over depth, final norm, head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        make: dict[str, Any] = {"rngs": rngs} | types(config)
+        self.embed = nnx.Embed(config.vocab, config.width, **make)
+        self.layers = nnx.Dict(
+            {k: _stacked(partial(KINDS[k], config), config.kinds.count(k), rngs) for k in KINDS}
+        )
+        self.mix = DepthMix(config.scheme, config.sublayers, config.width)
+        self.norm = rms_norm(config, rngs)
+        if not config.tied:
+            self.head = nnx.Linear(config.width, config.vocab, use_bias=False, **make)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        implementation: str | None = None,
+        record: bool = False,
+    ) -> Output:
+        """Next-token logits. Tokens see earlier tokens of their segment; see `through_depth` for the rest."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+        depth = through_depth(
+            *(self.config.scheme, self.mix.mix, self.config.kinds),
+            {k: _layer(stack, positions, mask) for k, stack in self.layers.items()},
+            self.embed(tokens),
+            policy=REMAT[self.config.remat],
+            implementation=implementation,
+            record=record,
+        )
+        return Output(self._logits(self.norm(depth.h)), depth)
+
+    def _logits(self, h):
+        w = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+        return jnp.matmul(h, w.astype(h.dtype), preferred_element_type=compute_dtype(h.dtype))
+
+
+def abstract(config: ModelConfig) -> Transformer:
+    """The model as shapes and dtypes: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+
+
+def _stacked(make, count, rngs):
+    return nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(count))
+
+
+def _layer(stack, positions, mask):
+    graph, params = nnx.split(stack)
+
+    def norm(params, h):
+        return nnx.merge(graph, params).norm(h)
+
+    def apply(params, x, _):
+        return nnx.merge(graph, params)(x, positions, mask), None
+
+    return Layer(norm, apply, params)
