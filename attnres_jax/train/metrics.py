@@ -1,0 +1,129 @@
+"""What a run says of itself: rows in metrics.jsonl, TensorBoard, and a line or a bar on the terminal.
+
+A row has a `kind`: "train" (loss of that step, nats and bits, tokens/s), "depth" (statistics of
+every sublayer), "eval" (held-out text).
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from attnres_jax.analysis import figures
+from attnres_jax.analysis.dynamics import DepthStatistics
+from attnres_jax.configs import Config
+from attnres_jax.models.transformer import ModelConfig
+from attnres_jax.train import workdir
+from attnres_jax.train.data import Corpus
+from attnres_jax.train.evaluate import Evaluation
+from attnres_jax.train.optim import learning_rate
+from attnres_jax.train.step import Updated
+
+
+class MetricLog:
+    """Log of a run that has made `start` updates; rows of later steps are of lost work and go."""
+
+    def __init__(
+        self, folder: Path, start: int, config: Config, model: ModelConfig, corpus: Corpus
+    ):
+        path = folder / workdir.METRICS
+        kept = [row for row in workdir.read_rows(folder) if row["step"] <= start]
+        workdir.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._config, self._model, self._corpus = config, model, corpus
+        self._rate = learning_rate(config)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / workdir.TENSORBOARD), purge_step=start + 1)
+        self._console = Console(stderr=True)
+        self._bar = _progress(self._console)
+        total = config.train.stop_after or config.train.steps
+        self._task = self._bar.add_task(folder.name, total=total, completed=start, said="")
+        self._began = self._last = time.perf_counter()
+        self._first, self._last_step = start + 1, start
+
+    def __enter__(self):
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+    def ready(self) -> None:
+        """Compilation is over: speed is measured from here."""
+        self._last = time.perf_counter()
+
+    def train(self, step: int, out: Updated) -> None:
+        """Move the bar; every `train.log_every` updates, and after the first, a row."""
+        self._bar.update(self._task, completed=step)
+        if step % self._config.train.log_every and step != self._first:
+            return
+        now, tokens = time.perf_counter(), self._config.data.batch * self._config.data.length
+        values = {
+            "loss": float(out.loss),
+            "bits_per_byte": float(out.loss) / math.log(2) / self._corpus.bytes_per_token,
+            "gradient_norm": math.hypot(*map(float, out.leaf_norms.values())),
+            "learning_rate": np.asarray(self._rate(step - 1)).item(),
+            "tokens_per_s": tokens * (step - self._last_step) / (now - self._last),
+            "seconds": now - self._began,
+        }
+        self._last, self._last_step = now, step
+        self._row("train", step, values)
+        self._scalars("train", step, values)
+        said = "loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s"
+        self._bar.update(self._task, said=said.format(**values))
+        self._say(f"step {step:>6}  {said.format(**values)}")
+
+    def depth(self, step: int, out: Updated, found: DepthStatistics) -> None:
+        """A row of statistics by depth: a curve for each sublayer, and the weights as a picture."""
+        values = {"gradient_norm": out.depth_norms} | found._asdict()
+        values = {name: np.asarray(value) for name, value in values.items()}
+        self._row("depth", step, {name: value.tolist() for name, value in values.items()})
+        weights = values.pop("weights")
+        if weights.shape[1] == 1:  # one source: nothing is weighed
+            del values["entropy"]
+        else:
+            self._board.add_image("weights", self._picture(weights, step), step, dataformats="HWC")
+        for name, by_depth in values.items():
+            labels = (f"{at + 1:03}" for at in range(len(by_depth)))
+            self._scalars(name, step, dict(zip(labels, by_depth, strict=True)))
+
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """A row of held-out numbers."""
+        values = found._asdict()
+        del values["position_bits"]
+        self._row("eval", step, values)
+        self._scalars("eval", step, values)
+        self._say(f"step {step:>6}  held out: {found.bits_per_byte:.4f} bits/byte")
+
+    def _picture(self, weights, step):
+        schedule = self._model.scheme.schedule(self._model.sublayers)
+        figure = figures.weight_heatmap(weights, self._model.kinds, schedule, f"step {step}")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3]
+
+    def _row(self, kind, step, values):
+        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.flush()
+
+    def _scalars(self, group, step, values):
+        for name, value in values.items():
+            self._board.add_scalar(f"{group}/{name}", float(value), step)
+
+    def _say(self, line):
+        if not self._console.is_terminal:
+            self._console.print(line, markup=False, highlight=False)
+
+
+def _progress(console: Console) -> Progress:
+    said = TextColumn("{task.fields[said]}")
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
+    return Progress(*columns, console=console)

@@ -1,0 +1,124 @@
+"""The programs of a run, compiled once each: update, evaluate, look."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import stages
+from jaxtyping import Array, Bool, Float, Int
+
+from attnres_jax import configs
+from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
+from attnres_jax.analysis.inspect import parameters
+from attnres_jax.configs import Config
+from attnres_jax.models.table import path_name
+from attnres_jax.train import state
+from attnres_jax.train.optim import optimizer
+from attnres_jax.train.state import State
+
+Loss = Callable[[Any, Int[Array, "B T1"]], Float[Array, ""]]
+
+
+class NonFinite(configs.UserError):
+    """Training diverged; names the step and the first leaf that is not finite."""
+
+
+class Updated(NamedTuple):
+    """What one update says of itself, before clipping."""
+
+    loss: Float[Array, ""]
+    """Nats per token, mean over the batch, at the parameters before the update."""
+    leaf_norms: dict[str, Float[Array, ""]]
+    """L2 norm of each leaf of the gradient, by path."""
+    depth_norms: Float[Array, " L"]
+    """L2 norm of the gradient of each sublayer's parameters."""
+
+
+class Programs(NamedTuple):
+    """Jitted functions of one config; `update` takes over the memory of the state it is given."""
+
+    names: tuple[str, ...]
+    """Paths of the parameters, in order of the forward pass."""
+    create: Callable[[], State]
+    update: stages.Wrapped  # (State, tokens) -> (State, Updated)
+    nats: Callable[[Any, Array, Array], Array]
+    look: Callable[[Any, Array], DepthStatistics]
+
+
+def programs(config: Config, vocab: int) -> Programs:
+    """Everything a run computes."""
+    model = configs.model_config(config, vocab)
+    table = parameters(model)
+    tx = optimizer(config, table)
+
+    def loss(params, tokens):
+        return jnp.mean(token_nats(state.merge(model, params), tokens))
+
+    def step(now, tokens):
+        value, gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
+        return _updated(tx, now, value, gradient, model.kinds)
+
+    return Programs(
+        tuple(parameter.path for parameter in table),
+        jax.jit(partial(state.create, model, tx, config.seed)),
+        jax.jit(step, donate_argnums=0),
+        jax.jit(lambda params, *windows: position_nats(state.merge(model, params), *windows)),
+        jax.jit(lambda params, tokens: look(state.merge(model, params), tokens)),
+    )
+
+
+def token_nats(model: Any, tokens: Int[Array, "B T1"]) -> Float[Array, "B T"]:
+    """Cross-entropy of each next token."""
+    logits = model(tokens[:, :-1]).logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def position_nats(
+    model: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]
+) -> Float[Array, " T"]:
+    """Sum over a batch of the cross-entropy at each position."""
+    return jnp.sum(jnp.where(mask, token_nats(model, tokens), 0), 0)
+
+
+def look(model: Any, tokens: Int[Array, "B T1"]) -> DepthStatistics:
+    """Statistics over depth of a recorded forward pass."""
+    return depth_statistics(model(tokens[:, :-1], record=True).depth.record)
+
+
+def accumulated(
+    loss: Loss, params: Any, tokens: Int[Array, "B T1"], microbatches: int
+) -> tuple[Float[Array, ""], Any]:
+    """Loss and gradient of the batch, computed in equal microbatches one after the other."""
+    function = jax.value_and_grad(loss)
+    if microbatches == 1:
+        return function(params, tokens)
+
+    def add(total, tokens):
+        return jax.tree.map(jnp.add, total, function(params, tokens)), None
+
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, tokens))
+    total, _ = jax.lax.scan(add, zero, tokens.reshape(microbatches, -1, tokens.shape[1]))
+    return jax.tree.map(lambda leaf: leaf / microbatches, total)
+
+
+def _updated(tx, now, loss, gradient, kinds):
+    updates, opt_state = tx.update(gradient, now.opt_state, now.params)
+    params: Any = optax.apply_updates(now.params, updates)
+    norms = {path_name(path): jnp.linalg.norm(g) for path, g in jax.tree.leaves_with_path(gradient)}
+    out = Updated(loss, norms, gradient_norm(gradient, kinds))
+    return State(now.step + 1, params, opt_state), out
+
+
+def check_finite(step: int, out: Updated, names: Sequence[str]) -> None:
+    """Raise `NonFinite` unless the loss and the whole gradient of `step` are finite."""
+    bad = [name for name in names if not np.isfinite(out.leaf_norms[name])]
+    if bad or not np.isfinite(out.loss):
+        where = f"the gradient of {bad[0]} is the first that is not" if bad else "all gradients are"
+        raise NonFinite(
+            f"step {step}: loss {float(out.loss)} is not finite; {where}. Nothing after the last "
+            "checkpoint is kept: continue from it with a lower optim.lr in a new folder, or more warm-up"
+        )

@@ -1,0 +1,70 @@
+"""The folder of a run: config.json, metrics.jsonl, eval.json, checkpoints/, tensorboard/."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from attnres_jax import configs
+from attnres_jax.analysis.compare import BOOKKEEPING
+from attnres_jax.configs import Config
+
+CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "eval.json"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+
+
+class RunError(configs.UserError):
+    """A folder that is not what a command needs; says which, why and what to do."""
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make `workdir` the folder of this run; raise `RunError` if it is another's."""
+    wanted = configs.to_flat(config)
+    if (workdir / CONFIG).is_file():
+        held = configs.to_flat(load_config(workdir))
+        for key in wanted:
+            if held[key] != wanted[key] and key not in (*BOOKKEEPING, "train.stop_after"):
+                raise RunError(
+                    f"{workdir} holds a run with {key} = {held[key]!r}, not {wanted[key]!r}: "
+                    "take another --workdir, or train with the config it was made with"
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / CONFIG, wanted)
+
+
+def load_config(workdir: Path) -> Config:
+    """The config that `workdir` was trained with."""
+    return configs.from_flat(
+        read_json(workdir, CONFIG, "is not a run; make one with train --workdir")
+    )
+
+
+def read_json(workdir: Path, name: str, without: str) -> dict[str, Any]:
+    """A file of the run; where it is not there, a `RunError` that says what that means."""
+    path = workdir / name
+    if not path.is_file():
+        raise RunError(f"{workdir} has no {name}: it {without}={workdir}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(
+            f"{path} is damaged ({error}): restore it, or train into a new folder"
+        ) from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, in order; a last line that was cut off is left out."""
+    path = workdir / METRICS
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,473 @@
+"""The trainer: the optimizer against numpy, exact resume, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from attnres_jax import __main__, configs
+from attnres_jax.models.table import path_name
+from attnres_jax.train import checkpoint, data, evaluate, loop, metrics, optim, step, workdir
+from attnres_jax.train.checkpoint import Checkpoints
+from attnres_jax.train.data import Windows
+
+VOCAB, STEPS = 23, 4
+TINY = {
+    "model.blocks": 3,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.kv_heads": 1,
+    "model.mlp_width": 24,
+    "data.length": 12,
+    "data.batch": 4,
+    "block_size": 2,
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "train.depth_every": 2,
+    "train.eval_every": 2,
+    "train.eval_tokens": 100,
+    "optim.warmup": 2,
+    "checkpoint.every": 2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Many tests start a run of the same config: its programs are compiled once, and quickly."""
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    options |= {"jax_persistent_cache_min_compile_time_secs": 0.1}
+    options |= {"jax_disable_most_optimizations": True}
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Text with a rule (each token is the one before plus 0 to 2), so that it can be learned."""
+    folder = tmp_path_factory.mktemp("data") / "corpus"
+    steps = np.random.default_rng(0).integers(0, 3, 3000)
+    text = np.cumsum(steps) % VOCAB
+    data.prepare(folder, text[:2500], text[2500:], vocab=VOCAB, source="rule")
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus):
+    """A config of a network that compiles in a moment."""
+
+    def make(**changes):
+        flat = configs.to_flat(configs.base.get_config()) | TINY | {"data.corpus": str(corpus)}
+        return configs.from_flat(flat | {k.replace("__", "."): v for k, v in changes.items()})
+
+    return make
+
+
+def restored(config, folder):
+    """The newest state in a folder, as numpy."""
+    run = step.programs(config, VOCAB)
+    with Checkpoints(folder / workdir.CHECKPOINTS, 2) as checkpoints:
+        return jax.device_get(checkpoints.restore(jax.eval_shape(run.create)))
+
+
+def rows(folder, kind):
+    return [row for row in workdir.read_rows(folder) if row["kind"] == kind]
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in rows(folder, "train")}
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Optimizer --------------------------------------------------------------------------------------
+
+
+def test_learning_rate_by_hand(tiny):
+    config = tiny(train__steps=20, optim__warmup=4, optim__lr=0.8, optim__final_lr=0.25)
+    rate = optim.learning_rate(config)
+    cosine = [0.2 + 0.6 * (1 + np.cos(np.pi * t / 16)) / 2 for t in range(17)]
+    expected = [0, 0.2, 0.4, 0.6, *cosine]
+    np.testing.assert_allclose([rate(at) for at in range(21)], expected, rtol=1e-6)
+
+
+def test_warmup_may_be_nothing_or_everything(tiny):
+    assert optim.learning_rate(tiny(optim__warmup=0, optim__lr=0.5))(0) == 0.5
+    whole = optim.learning_rate(tiny(optim__warmup=STEPS, optim__lr=0.5))
+    assert whole(STEPS) == 0.5
+
+
+def adamw(config, table, params, gradients):
+    """Loshchilov and Hutter's equations in numpy fp64, after clipping by the global norm."""
+    o, rate = config.optim, optim.learning_rate(config)
+    decay = {row.path: row.decay * o.weight_decay for row in table}
+    p, m, v = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+    for t, gradient in enumerate(gradients, 1):
+        norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+        for name, g in gradient.items():
+            g = g * min(1, o.clip / norm)
+            m[name] = o.b1 * m[name] + (1 - o.b1) * g
+            v[name] = o.b2 * v[name] + (1 - o.b2) * g**2
+            direction = m[name] / (1 - o.b1**t) / (np.sqrt(v[name] / (1 - o.b2**t)) + o.eps)
+            p[name] = p[name] - float(rate(t - 1)) * (direction + decay[name] * p[name])
+    return p
+
+
+def named(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
+def test_adamw_against_numpy(tiny):
+    """Three updates with gradients above and below the clip, the rate moving, decay on matrices."""
+    config = tiny(optim__clip=2.0, optim__weight_decay=0.3, optim__lr=0.05, optim__warmup=1)
+    run = step.programs(config, VOCAB)
+    model = configs.model_config(config, VOCAB)
+    table = step.parameters(model)
+    tx, params = optim.optimizer(config, table), run.create().params
+    rng = np.random.default_rng(0)
+    gradients = [
+        jax.tree.map(
+            lambda p, s=scale: jnp.asarray(s * rng.standard_normal(p.shape), p.dtype), params
+        )
+        for scale in (1.0, 1e-3, 0.1)
+    ]
+    expected = adamw(config, table, named(params), [named(g) for g in gradients])
+    state, update = tx.init(params), jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    oracle.assert_close(named(params), expected, 1e-5)
+    still = {row.path for row in table if not row.decay}
+    assert {"mix/query", "mix/key_scale_out", "embed/embedding", "layers/a/norm/scale"} <= still
+
+
+# One update -------------------------------------------------------------------------------------
+
+
+def test_accumulation_is_one_batch(tiny):
+    """The same update, loss and norms to fp32 rounding from two microbatches as from one."""
+    tokens = data.open_corpus(tiny().data.corpus).train[: 4 * 13].reshape(4, 13).astype(np.int32)
+
+    def update(count):
+        run = step.programs(tiny(train__accumulation=count), VOCAB)
+        state, out = run.update(run.create(), tokens)
+        return state.opt_state, out
+
+    oracle.assert_close(update(2), update(1), 1e-5)
+
+
+def test_update_reports_its_gradient(tiny):
+    """Loss and norms against a plain value_and_grad; the step is counted."""
+    config = tiny()
+    run, tokens = step.programs(config, VOCAB), np.tile(np.arange(13, dtype=np.int32), (4, 1))
+    state = run.create()
+
+    def loss(params):
+        model = step.state.merge(configs.model_config(config, VOCAB), params)
+        log_p = jax.nn.log_softmax(model(jnp.asarray(tokens[:, :-1])).logits)
+        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    after, out = run.update(state, tokens)
+    np.testing.assert_allclose(out.loss, value, rtol=1e-6)
+    norms = {name: np.linalg.norm(leaf) for name, leaf in named(gradient).items()}
+    assert set(run.names) == set(norms) == set(out.leaf_norms)
+    assert run.names[0] == "embed/embedding"
+    np.testing.assert_allclose([out.leaf_norms[n] for n in norms], [*norms.values()], rtol=1e-4)
+    attention = gradient["layers"]["a"]
+    second = np.sqrt(sum(np.sum(np.square(leaf[1])) for leaf in jax.tree.leaves(attention)))
+    np.testing.assert_allclose(out.depth_norms[2], second, rtol=1e-4)
+    assert after.step == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masters_are_fp32(tiny, dtype):
+    config = tiny(model__dtype=dtype)
+    run = step.programs(config, VOCAB)
+    tokens = jax.ShapeDtypeStruct((4, 13), np.int32)
+    state, out = jax.eval_shape(run.update, jax.eval_shape(run.create), tokens)
+    kept = [leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    assert set(kept) == {jnp.dtype("float32")}
+    assert out.loss.dtype == jnp.float32
+    model = configs.model_config(config, VOCAB)
+    h = jax.eval_shape(lambda p, t: step.state.merge(model, p)(t).depth.h, state.params, tokens)
+    assert h.dtype == dtype
+
+
+def test_the_first_bad_leaf_in_forward_order():
+    good, bad = jnp.float32(1), jnp.float32(jnp.nan)
+    norms = {"a": good, "b": bad, "c": bad}
+    out = step.Updated(good, norms, jnp.ones(2))
+    with pytest.raises(step.NonFinite, match=r"step 7: .*gradient of c is the first") as error:
+        step.check_finite(7, out, ("a", "c", "b"))
+    assert "\n" not in str(error.value)
+    step.check_finite(7, out._replace(leaf_norms={"a": good}), ("a",))
+    with pytest.raises(step.NonFinite, match=r"loss inf is not finite; all gradients are"):
+        step.check_finite(7, step.Updated(jnp.float32(jnp.inf), {"a": good}, jnp.ones(2)), ("a",))
+
+
+# Whole runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run of STEPS updates in one go."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    flat = configs.to_flat(configs.base.get_config()) | TINY | {"data.corpus": str(corpus)}
+    loop.train(configs.from_flat(flat), folder)
+    return folder
+
+
+def test_what_a_run_leaves(whole, tiny):
+    assert set(losses(whole)) == set(range(1, STEPS + 1))
+    assert [row["step"] for row in rows(whole, "eval")] == [2, 4]
+    assert [row["step"] for row in rows(whole, "depth")] == [2, 4]
+    evaluation = json.loads((whole / "eval.json").read_text())
+    assert (evaluation["step"], evaluation["tokens"]) == (STEPS, 100)
+    assert evaluation["loss"] == rows(whole, "eval")[-1]["loss"]
+    assert workdir.load_config(whole) == tiny()
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"2", "4"}
+    depth = rows(whole, "depth")[-1]
+    assert len(depth["output_rms"]) == len(depth["gradient_norm"]) == 6
+    np.testing.assert_allclose(np.sum(depth["weights"], 1), 1, rtol=1e-5)
+
+
+def test_rows_of_the_training_loss(whole, tiny):
+    row = rows(whole, "train")[2]
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2))
+    assert row["learning_rate"] == pytest.approx(float(optim.learning_rate(tiny())(2)))
+    assert row["tokens_per_s"] > 0
+    assert row["gradient_norm"] > 0
+
+
+def test_tensorboard_has_every_curve(whole):
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    tags = board.Tags()
+    names = ("loss", "bits_per_byte", "tokens_per_s", "learning_rate", "gradient_norm")
+    wanted = {f"train/{name}" for name in names} | {"eval/bits_per_byte"}
+    wanted |= {f"{name}/006" for name in ("output_rms", "gradient_norm", "entropy")}
+    assert wanted <= set(tags["scalars"])
+    assert tags["images"] == ["weights"]
+    image = board.Images("weights")[-1]
+    assert (image.step, image.width > 500) == (STEPS, True)
+    curve = [event.value for event in board.Scalars("train/loss")]
+    np.testing.assert_allclose(curve, [*losses(whole).values()], rtol=1e-6)
+
+
+def test_a_finished_run_is_left_alone(whole, tiny, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != "config.json"}
+    loop.train(tiny(), whole)
+    assert "is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path):
+    loop.train(tiny(train__stop_after=2), tmp_path / "run")
+    assert not (tmp_path / "run/eval.json").exists()
+    loop.train(tiny(), tmp_path / "run")
+    check_same_run(tmp_path / "run", whole, tiny())
+
+
+def check_same_run(folder, whole, config):
+    """State, losses, statistics and evaluation are those of the run in one go."""
+    assert_same(restored(config, folder), restored(config, whole))
+    assert losses(folder) == losses(whole)
+    for kind in ("depth", "eval"):
+        assert rows(folder, kind) == rows(whole, kind)
+    assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from attnres_jax import configs
+from attnres_jax.train import loop, metrics, workdir
+folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+train = metrics.MetricLog.train
+def dying(self, step, out):
+    train(self, step, out)
+    while step == kill_at:  # what was saved before is on disk by then
+        if (folder / "checkpoints/2").is_dir():
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+metrics.MetricLog.train = dying
+import jax
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
+loop.train(configs.from_flat(__import__("json").loads(sys.argv[3])), folder)
+"""
+
+
+def test_kill_and_resume_bit_for_bit(whole, tiny, tmp_path):
+    """SIGKILL in step 3, another process goes on from step 2; rows of the lost step are made anew."""
+    folder, config = tmp_path / "run", tiny()
+    words = [str(folder), "3", json.dumps(configs.to_flat(config))]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert max(losses(folder)) == 3
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"kind": "train", "st')  # a line cut off
+    loop.train(config, folder)
+    check_same_run(folder, whole, config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_stop(whole, tiny, tmp_path, monkeypatch, number, capsys):
+    folder, train = tmp_path / "run", metrics.MetricLog.train
+
+    def signalled(self, step, out):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        train(self, step, out)
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricLog, "train", signalled)
+        loop.train(tiny(), folder)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert f"{number.name}: saved step" in capsys.readouterr().err
+    assert 1 <= restored(tiny(), folder).step < STEPS
+    loop.train(tiny(), folder)
+    check_same_run_values(folder, whole, tiny())
+
+
+def check_same_run_values(folder, whole, config):
+    assert_same(restored(config, folder), restored(config, whole))
+    assert losses(folder) == losses(whole)
+
+
+def test_the_evaluation_is_made_up_for(whole, tiny, tmp_path):
+    """Killed between the last checkpoint and the evaluation: the next start only evaluates."""
+    loop.train(tiny(), tmp_path / "run")
+    (tmp_path / "run/eval.json").unlink()
+    loop.train(tiny(), tmp_path / "run")
+    assert (tmp_path / "run/eval.json").read_text() == (whole / "eval.json").read_text()
+
+
+def test_another_config_is_refused(whole, tiny, capsys):
+    for change, named in (
+        ({"optim__lr": 0.5}, "optim.lr = 0.004, not 0.5"),
+        ({"seed": 3}, "seed = 0"),
+    ):
+        with pytest.raises(workdir.RunError, match=named) as error:
+            loop.train(tiny(**change), whole)
+        assert "\n" not in str(error.value)
+    loop.train(
+        tiny(train__log_every=3, checkpoint__keep=5, train__stop_after=1), whole
+    )  # no matter
+
+
+def test_divergence_stops_the_run(tiny, tmp_path, capsys):
+    """One line, exit code 2, and no checkpoint of what is not finite."""
+    flat = configs.to_flat(tiny(optim__lr=1e38, optim__warmup=1, checkpoint__every=1))
+    words = [f"--config.{key}={value}" for key, value in flat.items()]
+    assert __main__.main(["train", "--config=quick", f"--workdir={tmp_path}", *words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: step ")
+    assert "is the first that is not" in error
+    state = restored(tiny(), tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_saved_state_is_a_copy(tiny, tmp_path):
+    """Training goes on in the same memory while a checkpoint is written."""
+    config = tiny(checkpoint__every=1, checkpoint__keep=STEPS)
+    run, folder = step.programs(config, VOCAB), tmp_path / workdir.CHECKPOINTS
+    tokens, state, states = np.zeros((4, 13), np.int32), run.create(), {}
+    with Checkpoints(folder, STEPS) as checkpoints:
+        for at in range(1, STEPS + 1):
+            state, _ = run.update(state, tokens)
+            states[at] = jax.tree.map(np.array, state.params)
+            checkpoints.save(state)
+    workdir.write_json(tmp_path / "config.json", configs.to_flat(config))
+    for at, params in states.items():
+        loaded = checkpoint.load_run(tmp_path, at)
+        assert loaded.step == at
+        assert_same(checkpoint.nnx.to_pure_dict(checkpoint.nnx.state(loaded.model)), params)
+
+
+def test_which_checkpoint(whole, tmp_path):
+    assert checkpoint.load_run(whole).step == STEPS
+    assert checkpoint.load_run(whole, 2).step == 2
+    with pytest.raises(workdir.RunError, match=r"no checkpoint of step 3; there are: 2, 4"):
+        checkpoint.load_run(whole, 3)
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    with pytest.raises(workdir.RunError, match="no checkpoint yet"):
+        checkpoint.load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(workdir.RunError, match=r"config.json is damaged"):
+        checkpoint.load_run(tmp_path)
+
+
+SCHEMES = ["block", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "full"))]
+
+
+@pytest.mark.parametrize("residual", SCHEMES)
+def test_it_learns(tiny, tmp_path, residual):
+    """To near the text's own entropy, log 3 nats a token; log 23 is 3.1."""
+    changes = {"train__steps": 120, "train__depth_every": 60, "optim__lr": 0.02, "optim__warmup": 5}
+    config = tiny(residual=residual, **changes, checkpoint__every=120, train__log_every=10)
+    loop.train(config, tmp_path / "run")
+    assert np.log(3) - 0.05 < json.loads((tmp_path / "run/eval.json").read_text())["loss"] < 1.35
+
+
+# Evaluation -------------------------------------------------------------------------------------
+
+
+def test_evaluation_by_hand():
+    """Masked predictions do not count; every position has its own mean."""
+    nats = np.array([[1.0, 2.0, 4.0], [3.0, 6.0, 100.0]])
+    mask = np.array([[True, True, True], [True, True, False]])
+    tokens = np.zeros((2, 4), np.int32)
+    found = evaluate.evaluate(
+        lambda tokens, mask: np.where(mask, nats, 0).sum(0), [Windows(tokens, mask)] * 2, 2.0
+    )
+    assert found.tokens == 10
+    assert found.loss == pytest.approx(16 / 5)
+    assert found.bits_per_byte == pytest.approx(16 / 5 / np.log(2) / 2)
+    assert found.perplexity == pytest.approx(np.exp(16 / 5))
+    np.testing.assert_allclose(found.position_bits, np.array([2, 4, 4]) / np.log(2) / 2)
+
+
+def test_eval_command(whole, tiny, capsys):
+    """The whole held-out text, against a direct computation; the file and the table."""
+    assert __main__.main(["eval", f"--workdir={whole}", "--step=2"]) == 0
+    written = json.loads((whole / "eval-2.json").read_text())
+    text = data.open_corpus(tiny().data.corpus).heldout.astype(np.int32)
+    assert written["tokens"] == len(text) - 1 == 499
+    model, starts = checkpoint.load_run(whole, 2).model, range(0, 499, 12)
+    windows = np.stack([np.pad(text[at : at + 13], (0, max(0, at + 13 - 500))) for at in starts])
+    logits = jax.jit(lambda model, tokens: model(tokens).logits)(model, windows[:, :-1])
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits), windows[:, 1:, None], -1).ravel()
+    total = -float(each[:499].sum())
+    assert written["loss"] == pytest.approx(total / 499, rel=1e-5)
+    out = capsys.readouterr().out
+    assert f"{written['bits_per_byte']:.4f} bits/byte" in out
+    assert [line for line in out.splitlines() if "8 to 12" in line]
+
+
+def test_octaves():
+    assert [*evaluate._octaves(12)] == [(1, 1), (2, 3), (4, 7), (8, 12)]
+
+
+def test_the_log_is_whole_or_as_before(tmp_path):
+    path = Path(tmp_path) / "x.json"
+    workdir.write_json(path, {"a": 1})
+    workdir.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
