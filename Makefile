@@ -5,7 +5,8 @@ VENV ?= .venv
 LOCK ?= requirements/cpu.txt
 RUNS ?= runs/quick
 RUN := $(VENV)/bin/python
-READY := $(VENV)/.ready
+# One stamp a lock: another LOCK makes the environment anew.
+READY := $(VENV)/.ready-$(basename $(notdir $(LOCK)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: train test test-slow test-oldest lint locks

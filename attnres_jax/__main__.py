@@ -87,9 +87,7 @@ def _train(args):
 
 
 def _eval_arguments(parser):
-    parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="folder of a run"
-    )
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder of a run")
     parser.add_argument("--step", type=_whole, metavar="N", help="checkpoint (default: newest)")
 
 
@@ -117,11 +115,7 @@ def _sample(args):
 
     run, key = load_run(args.workdir, args.step), jax.random.key(args.seed)
     try:
-        print(
-            sample(
-                run.model, args.prompt, args.length, key, args.temperature, run.config.data.length
-            )
-        )
+        print(sample(run.model, args.prompt, args.length, key, args.temperature, run.config.data.length))
     except CannotSample as error:
         raise UsageError(str(error)) from None
 

@@ -10,59 +10,69 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def append_scan(step, count, new_rows, rows, xs):
-    """Scan whose carry only grows: `new, y_i = step(rows, n, xs_i)`, then `rows[n : n + p] = new`.
+def append_scan(steps, split, count, rows, xs):
+    """Scan whose carry only grows: the `steps`, in turn, each append a row, `reps` times over.
 
-    `rows` [count, ...] is padded to hold `new_rows` more; a step sees n rows and must read none
-    beyond. Returns the full rows and the stacked y. Each row is written once, so the finished array
-    serves the backward pass of every step: a plain scan would keep one copy of the rows a step.
+    Of iteration i, step j takes its part of `split(xs_i)`: `new, y = step(rows, n, part)`, then
+    `rows[n : n + 1] = new`; it sees n rows (`count` at first) and must read none beyond. Returns the
+    full rows and, for each step, the stacked y. Each row is written once, so the finished array
+    serves the backward pass of every step: a plain scan would keep one copy of the rows a step, and
+    steps joined into one would compute the rows that they hand each other again.
     """
+    new_rows = len(steps) * len(jax.tree.leaves(xs)[0])
     rows = jnp.pad(rows, [(0, new_rows)] + [(0, 0)] * (rows.ndim - 1))
-    first = jax.tree.map(lambda a: a[0], xs)
-    step, closed_over = jax.closure_convert(step, rows, jnp.int32(count), first)
-    return _append_scan(step, count, rows, xs, closed_over)
+    parts = split(jax.tree.map(lambda a: a[0], xs))
+    args = [(step, rows, jnp.int32(count), part) for step, part in zip(steps, parts, strict=True)]
+    steps, closed_over = zip(*(jax.closure_convert(*a) for a in args), strict=True)
+    return _append_scan(steps, split, count, rows, xs, closed_over)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _append_scan(step, count, rows, xs, closed_over):
-    return _append_fwd(step, count, rows, xs, closed_over)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _append_scan(steps, split, count, rows, xs, closed_over):
+    return _append_fwd(steps, split, count, rows, xs, closed_over)[0]
 
 
-def _append_fwd(step, count, rows, xs, closed_over):
-    reps = len(jax.tree.leaves(xs)[0])
-    starts = count + (len(rows) - count) // reps * jnp.arange(reps, dtype=jnp.int32)
+def _append_fwd(steps, split, count, rows, xs, closed_over):
+    starts = jnp.arange(count, len(rows), len(steps), dtype=jnp.int32)
 
     def body(rows, nx):
-        n, x = nx
-        (new, y), pull = jax.vjp(
-            lambda rows, x, closed_over: step(rows, n, x, *closed_over),
-            *(rows, x, closed_over),
-            saveable_args=False,  # they are handed back below, once, rather than kept for each step
-        )
-        return lax.dynamic_update_slice_in_dim(rows, new, n, 0), (y, pull)
+        (n, x), ys, pulls = nx, [], []
+        for j, own in enumerate(zip(split(x), closed_over, strict=True)):
+            (new, y), pull = jax.vjp(
+                lambda rows, part, closed, j=j: steps[j](rows, n + j, part, *closed),
+                *(rows, *own),
+                saveable_args=False,  # they are handed back below, once, not kept for each step
+            )
+            rows = lax.dynamic_update_slice_in_dim(rows, new, n + j, 0)
+            ys.append(y)
+            pulls.append(pull)
+        return rows, (ys, pulls)
 
     rows, (ys, pulls) = lax.scan(body, rows, (starts, xs))
     return (rows, ys), (rows, starts, xs, closed_over, pulls)
 
 
-def _append_bwd(step, count, residuals, cotangents):
+def _append_bwd(steps, split, count, residuals, cotangents):
     rows, starts, xs, closed_over, pulls = residuals
     d_rows, d_ys = cotangents
-    period = (len(rows) - count) // len(starts)
     y_avals = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys)
 
     def body(carry, step_values):
-        d_rows, d_closed = carry
-        n, x, pull, d_y = step_values
-        pull = pull.replace(args_res=jax.tree.leaves((rows, x, closed_over)))
-        d_new = lax.dynamic_slice_in_dim(d_rows, n, period)
-        more, d_x, more_closed = pull((d_new, _restore_float0(d_y, y_avals)))
-        rest = lax.dynamic_update_slice_in_dim(d_rows, jnp.zeros_like(d_new), n, 0)
-        return (rest + more, jax.tree.map(jnp.add, d_closed, more_closed)), _drop_float0(d_x)
+        (d_rows, d_closed), (n, x, pulls, d_ys) = carry, step_values
+        d_ys, d_closed = _restore_float0(d_ys, y_avals), list(d_closed)
+        parts, join = jax.vjp(split, x)
+        d_parts = [None] * len(steps)
+        for j in reversed(range(len(steps))):
+            args = jax.tree.leaves((rows, parts[j], closed_over[j]))
+            d_new = lax.dynamic_slice_in_dim(d_rows, n + j, 1)
+            more, d_parts[j], d_own = pulls[j].replace(args_res=args)((d_new, d_ys[j]))
+            d_rows, d_closed[j] = d_rows + more, jax.tree.map(jnp.add, d_closed[j], d_own)
+        return (d_rows, tuple(d_closed)), _drop_float0(join(d_parts)[0])
 
     init = (d_rows, jax.tree.map(jnp.zeros_like, closed_over))
     values = (starts, xs, pulls, _drop_float0(d_ys))
     (d_rows, d_closed), d_xs = lax.scan(body, init, values, reverse=True)
+    # A new row's own cotangent, used up, stays in d_rows: the transpose of the pad drops it.
     return d_rows, _restore_float0(d_xs, jax.tree.map(_tangent_aval, xs)), d_closed
 
 
@@ -87,12 +97,9 @@ def _restore_float0(tree, avals):
 
 def reverse_only(tree):
     """Identity that refuses forward-mode differentiation with a message that says what to do."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, [_differentiable(a) for a in leaves])
-
-
-def _differentiable(a):
-    return _reverse_only_p.bind(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a
+    return jax.tree.map(
+        lambda a: _reverse_only_p.bind(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, tree
+    )
 
 
 def _refuse(*_):

@@ -44,9 +44,7 @@ class Partial(NamedTuple):
     lse: Float[Array, "*tokens"]
 
 
-def scores(
-    w: Float[Array, "*S D"], v: Float[Array, "*tokens D"], eps: float
-) -> Float[Array, "..."]:
+def scores(w: Float[Array, "*S D"], v: Float[Array, "*tokens D"], eps: float) -> Float[Array, "..."]:
     """`w . RMSNorm(v)` for every query and token: an fp32 multiply-reduce, never a default matmul."""
     v = v.astype(compute_dtype(v.dtype))
     w = w.astype(v.dtype).reshape(*w.shape[:-1], *[1] * (v.ndim - 1), w.shape[-1])
@@ -69,9 +67,8 @@ def partial_mix(w: Float[Array, "S D"], sources: Sequence[Rows], eps: float) -> 
     total = jnp.sum(e, 1)
     weights, at, mixture = e / total[:, None], 0, 0.0
     for rows in sources:
-        for v in rows.array:
-            mixture = mixture + weights[:, at, ..., None] * v.astype(weights.dtype)
-            at += 1
+        share, at = weights[:, at : at + len(rows.array), ..., None], at + len(rows.array)
+        mixture = mixture + jnp.sum(share * rows.array.astype(weights.dtype), 1)
     return Partial(jnp.asarray(mixture, sources[0].array.dtype), top + jnp.log(total))
 
 
@@ -85,7 +82,5 @@ def _visible(s: Float[Array, "S R *tokens"], n: Any) -> Float[Array, "S R *token
 def merge(a: Partial, b: Partial) -> Partial:
     """Phase 2: the read over the sources of both. Commutes; an empty side has lse = -inf."""
     weights = jax.nn.softmax(jnp.stack([a.lse, b.lse]), axis=0)[..., None]
-    mixture = weights[0] * a.mixture.astype(weights.dtype) + weights[1] * b.mixture.astype(
-        weights.dtype
-    )
+    mixture = weights[0] * a.mixture.astype(weights.dtype) + weights[1] * b.mixture.astype(weights.dtype)
     return Partial(mixture.astype(a.mixture.dtype), jnp.logaddexp(a.lse, b.lse))

@@ -35,9 +35,7 @@ class BlockSchedule:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Number of sources of each of the L + 1 reads; the last is the output read."""
-        inside = [
-            1 + l // self.block_size + (l % self.block_size > 0) for l in range(self.sublayers)
-        ]
+        inside = [1 + l // self.block_size + (l % self.block_size > 0) for l in range(self.sublayers)]
         return (*inside, 1 + len(self.sizes))
 
     @cached_property

@@ -5,9 +5,10 @@ the backward pass: the stream before each sublayer and the block summaries, one 
 is recomputed under the caller's checkpoint policy.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -69,53 +70,46 @@ class Depth:
     at: int
     mix: Mix
     history: PyTree
-    slots: PyTree
-    stream: PyTree
+    slots: tuple = ()  # of the sublayers of this block that are still to come
+    stream: PyTree = None
 
     def read(self, norm: Callable[[Array], Array] = lambda h: h) -> Read:
-        """The input of the next sublayer."""
-        if self.at >= self.sublayers:
-            raise ValueError(f"all {self.sublayers} sublayers are written: call finish()")
-        return self.scheme.read(self._slot(), self.history, self.stream, norm)
+        """The input of the next sublayer: `.x`, which has passed `norm` if one is given."""
+        self._check(self.slots, "call finish()")
+        return self.scheme.read(self.slots[0], self.history, self.stream, norm)
 
     def write(self, y: Float[Array, "B T D"]) -> "Depth":
         """After the sublayer's output `y`; closes its block when it was the last of it."""
-        if self.at >= self.sublayers:
-            raise ValueError(
-                f"this model was started with {self.sublayers} sublayers; one more wrote"
-            )
-        stream = self.scheme.write(self._slot(), self.stream, y)
-        schedule, after = self.scheme.schedule(self.sublayers), self.at + 1
-        if after < self.sublayers and after not in schedule.openings:
-            return replace(self, stream=stream, at=after)
-        return replace(self, history=self.scheme.close(self.history, stream), at=after)._opened()
+        self._check(self.slots, "one more wrote")
+        stream = self.scheme.write(self.slots[0], self.stream, y)
+        after = replace(self, at=self.at + 1, slots=self.slots[1:], stream=stream)
+        return (
+            after if after.slots else replace(after, history=self.scheme.close(self.history, stream))._open()
+        )
 
     def finish(self) -> Read:
         """The output read, which the final norm and the head take."""
-        if self.at < self.sublayers:
-            raise ValueError(
-                f"{self.at} of {self.sublayers} sublayers are written: too early to finish"
-            )
+        self._check(not self.slots, "too early to finish")
         return self.scheme.finish(self.mix.output, self.history)
 
-    def _opened(self):
+    def _open(self):
         if self.at == self.sublayers:
-            return replace(self, slots=None, stream=None)
+            return replace(self, stream=None)
         schedule = self.scheme.schedule(self.sublayers)
         size = schedule.sizes[schedule.openings.index(self.at)]
-        slots, history = self.scheme.open(_cut(self.mix.sublayers, self.at, size), self.history)
-        return replace(self, slots=slots, history=history, stream=self.scheme.begin(history))
+        stacked, history = self.scheme.open(_cut(self.mix.sublayers, self.at, size), self.history)
+        slots = tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(size))
+        return replace(self, history=history, slots=slots, stream=self.scheme.begin(history))
 
-    def _slot(self):
-        schedule = self.scheme.schedule(self.sublayers)
-        opening = max(o for o in schedule.openings if o <= self.at)
-        return jax.tree.map(lambda a: a[self.at - opening], self.slots)
+    def _check(self, holds, problem):
+        if not holds:
+            raise ValueError(f"{self.at} of {self.sublayers} sublayers are written: {problem}")
 
 
 def start(scheme: Scheme, mix: Mix, sublayers: int, x: Float[Array, "B T D"]) -> Depth:
     """Begin a forward pass over `sublayers` L sublayers from the embedding `x`; blocks are unrolled."""
     _check_mix(scheme, mix, sublayers, x)
-    return Depth(scheme, sublayers, 0, mix, scheme.start(x), None, None)._opened()
+    return Depth(scheme, sublayers, 0, mix, scheme.start(x))._open()
 
 
 def through_depth(
@@ -161,19 +155,16 @@ def _literal(scheme, mix, kinds, layers, x, record):
         outputs.append(y)
         aux[kind].append(extra)
     reads.append(depth.finish())
-    aux = {k: _stack(extras) for k, extras in aux.items()}
-    return DepthOutput(reads[-1].mixture, aux, _record(outputs, reads) if record else None)
-
-
-def _record(outputs, reads):
-    mixtures = jnp.stack([read.mixture for read in reads])
-    return Record(jnp.stack(outputs), mixtures, tuple(read.weights for read in reads))
+    mixtures, aux = [read.mixture for read in reads], {k: _stack(extras) for k, extras in aux.items()}
+    weights = tuple(read.weights for read in reads)
+    recorded = Record(jnp.stack(outputs), jnp.stack(mixtures), weights) if record else None
+    return DepthOutput(mixtures[-1], aux, recorded)
 
 
 def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     """Equal consecutive blocks in one scan, the others one by one; every block under `jax.checkpoint`."""
     keep = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
-    run = partial(_blocks, scheme, layers, policy)
+    run = partial(_block, scheme, layers, policy)
     history, at, parts, whole = scheme.start(x), 0, [], (mix.sublayers, shares)
     for blocks, reps in runs(_spell(kinds, scheme.schedule(len(kinds)))):
         scan = reps > 1 and scheme.append_only
@@ -182,7 +173,7 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
             if scan:
                 history, aux = _repeat(run, some, times, keep, own(whole), history)
             else:
-                history, aux = _once(scheme, run, some, keep, own, whole, history)
+                history, aux = _once(scheme, run, some[0], keep, own, whole, history)
             parts.append(aux)
             at += len("".join(some)) * times
     finish = jax.checkpoint(lambda mix, history: scheme.finish(mix, history).mixture)
@@ -192,50 +183,46 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
 def _repeat(run, blocks, reps, keep, own, history):
     """`reps` times the same blocks over an append-only history: one body, one array of rows."""
 
-    def step(rows, n, own):
-        history, aux = run(blocks, (Rows(rows, n),), own)
-        return jnp.concatenate([r.array for r in history[1:]]), aux
+    def step(block, rows, n, own):
+        (_, new), aux = run(block, (Rows(rows, n),), own)
+        return new.array, aux
+
+    def split(own):
+        places = accumulate(map(len, blocks), initial=0)
+        return [_own("".join(blocks), at, b, own) for at, b in zip(places, blocks, strict=False)]
 
     rows = jnp.concatenate([r.array for r in history])
-    step = jax.checkpoint(step, policy=keep, prevent_cse=False)
-    rows, aux = append_scan(step, len(rows), reps * len(blocks), rows, _fold(own, reps))
-    return (Rows(rows),), _unfold(aux)
+    steps = [jax.checkpoint(partial(step, b), policy=keep, prevent_cse=False) for b in blocks]
+    rows, aux = append_scan(steps, split, len(rows), rows, _fold(own, reps))
+    return (Rows(rows),), _unfold(_join(aux, 1))
 
 
-def _once(scheme, run, blocks, keep, own, whole, history):
-    """Blocks as they are. Sliced inside the checkpoint, so that no copy of the parameters is kept; what an
+def _once(scheme, run, block, keep, own, whole, history):
+    """A block as it is. Sliced inside the checkpoint, so that no copy of the parameters is kept; what an
     append-only history already held is not an output, or it would be kept twice."""
     held = len(history) if scheme.append_only else 0
 
     def new(history, whole):
-        after, aux = run(blocks, history, own(whole))
+        after, aux = run(block, history, own(whole))
         return after[held:] if held else after, aux
 
     after, aux = jax.checkpoint(new, policy=keep)(history, whole)
     return (*history, *after) if held else after, aux
 
 
-def _blocks(scheme, layers, policy, blocks: Sequence[str], history, own):
-    """Consecutive blocks, each opened on all that is completed. Returns the history and stacked aux."""
-    kinds, at, parts = "".join(blocks), 0, []
-    for block in blocks:
-        mix, shares = _own(kinds, at, block, own)
-        slots, history = scheme.open(mix, history)
-        stream, aux = _block(scheme, layers, policy, block, slots, shares, history)
-        history = scheme.close(history, stream)
-        parts.append(aux)
-        at += len(block)
-    return history, _join(parts)
+def _block(scheme, layers, policy, kinds, history, own):
+    """One block, opened on all that is completed. Returns the history and aux."""
+    mix, shares = own
+    slots, history = scheme.open(mix, history)
+    stream, aux = _sublayers(scheme, layers, policy, kinds, slots, shares, history)
+    return scheme.close(history, stream), aux
 
 
-def _block(scheme, layers, policy, kinds, slots, shares, history):
+def _sublayers(scheme, layers, policy, kinds, slots, shares, history):
     """The sublayers of one block: what repeats is scanned. The stream before each is what is kept."""
 
     def sublayer(j, kind, i, slots, shares, history, stream):
-        slot, (params, inputs) = (
-            jax.tree.map(lambda a: a[j], slots),
-            jax.tree.map(lambda a: a[i], shares),
-        )
+        slot, (params, inputs) = jax.tree.map(lambda a: a[j], slots), jax.tree.map(lambda a: a[i], shares)
         read = scheme.read(slot, history, stream, partial(layers[kind].norm, params))
         y, aux = layers[kind].apply(params, read.x, inputs)
         return scheme.write(slot, stream, y), aux
@@ -265,23 +252,17 @@ def _block(scheme, layers, policy, kinds, slots, shares, history):
 
 
 def runs(seq: Any) -> Iterator[tuple[Any, int]]:
-    """Spell `seq` as repeated periods with the fewest bodies: "bmkmkm" -> ("bm", 1), ("km", 2)."""
+    """Spell `seq` as periods and how often each repeats: "bkmkm" -> ("b", 1), ("km", 2)."""
+
+    def repeats(p):
+        return next(r for r in range(1, len(seq) + 1) if seq[r * p : (r + 1) * p] != seq[:p])
+
     while seq:
-        period, reps = min(
-            ((p, _repeats(seq, p)) for p in range(1, len(seq) + 1)),
-            key=lambda pr: (
-                (pr[0] + len(seq) - pr[0] * pr[1], pr[0]) if pr[1] > 1 else (len(seq), 0)
-            ),
-        )
-        yield seq[:period], reps
-        seq = seq[period * reps :]
-
-
-def _repeats(seq, p):
-    reps = 1
-    while seq[reps * p : (reps + 1) * p] == seq[:p]:
-        reps += 1
-    return reps
+        # The fewest bodies: a period's, and one for each sublayer that its repeats leave over.
+        bodies = {p: p + len(seq) - p * repeats(p) for p in range(1, len(seq)) if repeats(p) > 1}
+        period = min(bodies, key=lambda p: (bodies[p], p)) if bodies else 1
+        yield seq[:period], repeats(period)
+        seq = seq[period * repeats(period) :]
 
 
 def _spell(kinds, schedule):
@@ -312,11 +293,11 @@ def _stack(trees):
     return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
-def _join(parts):
-    """Aux of consecutive spans, by kind, along the first axis."""
+def _join(parts, axis=0):
+    """Aux of consecutive spans, by kind, along the axis of layers."""
     kinds = sorted({k for part in parts for k in part})
     by_kind = {k: [part[k] for part in parts if k in part] for k in kinds}
-    return {k: jax.tree.map(lambda *a: jnp.concatenate(a), *v) for k, v in by_kind.items()}
+    return {k: jax.tree.map(lambda *a: jnp.concatenate(a, axis), *v) for k, v in by_kind.items()}
 
 
 def _keep(stream):

@@ -34,9 +34,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, equals, text = override.removeprefix(PREFIX).partition("=")
         if not (override.startswith(PREFIX) and equals):
-            raise ConfigError(
-                f"{override!r} is not {PREFIX}KEY=VALUE, as {PREFIX}train.steps=10 is"
-            )
+            raise ConfigError(f"{override!r} is not {PREFIX}KEY=VALUE, as {PREFIX}train.steps=10 is")
         set_text(config, key, text)
     check(config)
     return config.lock()
@@ -62,9 +60,7 @@ def _get_config(file: str) -> Callable[[str], Config]:
         name = choose("config", file, names())
         return importlib.import_module(f"{__name__}.{name}").get_config
     if not Path(file).is_file():
-        raise ConfigError(
-            f"config file {file!r} does not exist; inside the package: {', '.join(names())}"
-        )
+        raise ConfigError(f"config file {file!r} does not exist; inside the package: {', '.join(names())}")
     found = runpy.run_path(file)
     if "get_config" not in found:
         raise ConfigError(f"config file {file!r} has no get_config(arg)")

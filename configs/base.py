@@ -198,9 +198,7 @@ KEYS: dict[str, Key] = {
     "model.blocks": Key(8, Whole(1, span=3), "transformer blocks", "two sublayers each"),
     "model.width": Key(64, Whole(2, even=True), "channels", "D"),
     "model.heads": Key(4, Whole(1, span=7), "heads", "of the queries; the head width must be even"),
-    "model.kv_heads": Key(
-        4, Whole(1, span=7), "heads", "of keys and values; they divide the heads"
-    ),
+    "model.kv_heads": Key(4, Whole(1, span=7), "heads", "of keys and values; they divide the heads"),
     "model.mlp_width": Key(192, Whole(1), "channels", "F, inside SwiGLU"),
     "model.rope_theta": Key(1e4, Real(1), "", "base of the rotary embedding's wavelengths"),
     "model.norm_eps": Key(1e-6, Real(0, 0.1, above=True), "", "of every other RMSNorm"),
@@ -337,9 +335,7 @@ def _check_flat(flat: Mapping[str, Any]) -> None:
     for rule in RULES:
         if not rule.holds(flat):
             value, legal = flat[rule.key], rule.legal(flat)
-            raise ConfigError(
-                f"{rule.key} = {value!r} must be {rule.need(flat)}, such as {legal!r}"
-            )
+            raise ConfigError(f"{rule.key} = {value!r} must be {rule.need(flat)}, such as {legal!r}")
 
 
 def _nested(flat: Mapping[str, Any]) -> Config:

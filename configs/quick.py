@@ -12,9 +12,7 @@ from attnres_jax.configs import base
 def get_config(arg: str = "block") -> base.Config:
     """The residual scheme `arg`; block means S = 4."""
     config = base.get_config()
-    config.residual = base.choose(
-        "residual scheme", arg or "block", base.KEYS["residual"].legal.options
-    )
+    config.residual = base.choose("residual scheme", arg or "block", base.KEYS["residual"].legal.options)
     config.block_size = 4
     config.model.update(blocks=8, width=64, heads=4, kv_heads=4, mlp_width=192, dtype="float32")
     config.data.update(corpus="austen", length=128, batch=16)

@@ -102,9 +102,7 @@ def _branch(kind, layers, x):
 
     def branch(index, h):
         y, aux = call(index, h)
-        shapes = {
-            other: jax.eval_shape(lambda other=other: call(0, x, other)[1]) for other in layers
-        }
+        shapes = {other: jax.eval_shape(lambda other=other: call(0, x, other)[1]) for other in layers}
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return y, {**blank, kind: aux}
 

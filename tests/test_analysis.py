@@ -1,5 +1,6 @@
 """attnres_jax.analysis: M, statistics over depth, the comparison and its figures."""
 
+import io
 import json
 import math
 from itertools import pairwise
@@ -11,6 +12,7 @@ import pytest
 import toys
 from flax import nnx
 from matplotlib.colors import to_hex
+from rich.console import Console
 
 from attnres_jax import configs
 from attnres_jax.analysis import compare, figures
@@ -216,6 +218,17 @@ def test_report(tmp_path, capsys):
     assert [r["name"] for r in stored["runs"]] == ["block-0", "block-1", "plain-0"]
 
 
+def test_three_schemes_fit_a_terminal():
+    """80 columns, several seeds: every number is whole."""
+    runs = [run(name, s, 2.5 + s / 10) for name in ("plain", "block", "full") for s in (0, 1)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(compare.table(runs)[0])
+    text = console.export_text()
+    assert "…" not in text
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in text.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["held-out bits/byte"]] == ["2.5500 ± 0.0707"] * 3
+
+
 def test_loss_figure_marks_heldout_points_once():
     """The evaluation after the last step stands for the logged one at that step (77 bits/byte)."""
     rows = compare.groups([run("plain"), run("full")])
@@ -232,9 +245,7 @@ def test_a_scheme_has_one_colour():
     assert [figures.colour(n) for n in names] == [figures.colour(f"{n} S=8") for n in names]
     assert len({figures.colour(n) for n in names[:3]}) == 3
     assert figures.colour("highway") in figures.OTHERS
-    series = [
-        figures.Series(label, [1, 2], [1.0, 2.0]) for label in ("full", "block S=4", "block S=8")
-    ]
+    series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in ("full", "block S=4", "block S=8")]
     lines = figures.depth_dynamics(series, series).axes[1].lines
     assert [to_hex(line.get_color()).upper() for line in lines] == ["#D55E00", "#0072B2", "#0072B2"]
     assert lines[1].get_linestyle() != lines[2].get_linestyle()

@@ -192,9 +192,7 @@ def test_a_mistake_is_answered_before_jax_starts():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "sys.exit(code)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: model.heads = 3")
     assert result.stderr.count("\n") == 1

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attnres_jax.configs import base
 from flax import nnx
 
 from attnres_jax import configs
+from attnres_jax.configs import base
 from attnres_jax.models.transformer import Transformer
 
 DRAWS = 200

@@ -83,9 +83,7 @@ def test_a_step_does_not_know_the_others(counted):
     in_order = [ds[step] for step in range(20)]
     for step in (19, 0, 11, 11, 4):
         np.testing.assert_array_equal(ds[step], in_order[step])
-    np.testing.assert_array_equal(
-        data.train_batches(counted, LENGTH, BATCH, seed=1)[13], in_order[13]
-    )
+    np.testing.assert_array_equal(data.train_batches(counted, LENGTH, BATCH, seed=1)[13], in_order[13])
     assert in_order[0].shape == (BATCH, LENGTH + 1)
     assert in_order[0].dtype == np.int32
     assert len(ds) > 10**12
@@ -131,9 +129,7 @@ def test_prepared_folder_round_trip(tmp_path):
 
 @pytest.mark.parametrize("tokens", [[0], [0, 7], [-1, 0], [0.0, 1.0]])
 def test_tokens_outside_the_vocabulary(tmp_path, tokens):
-    with pytest.raises(
-        data.DataError, match="heldout: expected 2 or more whole numbers from 0 to 6"
-    ):
+    with pytest.raises(data.DataError, match="heldout: expected 2 or more whole numbers from 0 to 6"):
         data._write_tokens(tmp_path / "heldout.bin", np.array(tokens), 7)
 
 
@@ -257,8 +253,7 @@ def test_two_starts_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "_publish", together)
     starts = [
-        threading.Thread(target=lambda: found.append(data.open_corpus("austen", tmp_path)))
-        for _ in range(2)
+        threading.Thread(target=lambda: found.append(data.open_corpus("austen", tmp_path))) for _ in range(2)
     ]
     for start in starts:
         start.start()

@@ -119,9 +119,7 @@ def test_huge_scores_do_not_overflow():
     assert sure.any()
     np.testing.assert_allclose(read.mixture[sure], chosen[sure], rtol=1e-4)
     np.testing.assert_allclose(merged.mixture[sure], chosen[sure], rtol=1e-4)
-    gradient = jax.grad(
-        lambda w: depth.merge(part(w, sources[:2]), part(w, sources[2:])).mixture.sum()
-    )
+    gradient = jax.grad(lambda w: depth.merge(part(w, sources[:2]), part(w, sources[2:])).mixture.sum())
     assert np.isfinite(gradient(w)).all()
 
 
@@ -137,8 +135,7 @@ def test_block_of_one_is_full_exactly():
     kinds = "amkmamk"
     toy = toys.cast(toys.toy(toys.make("full", 1), kinds), "float32")
     full, block = (
-        evaluate(lambda toy, s=toys.make(name, 1): toys.run(s, kinds, toy), toy)
-        for name in ("full", "block")
+        evaluate(lambda toy, s=toys.make(name, 1): toys.run(s, kinds, toy), toy) for name in ("full", "block")
     )
     jax.tree.map(np.testing.assert_array_equal, full, block)
 
@@ -247,7 +244,7 @@ def test_step_zero_is_the_plain_network(dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_step_zero_of_the_language_model(dtype):
     """The same seed, and all parameters but the AttnRes ones."""
-    tokens = np.random.default_rng(0).integers(0, 17, (2, 9))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)), "int32")
     base = ModelConfig(17, 3, 32, 4, 2, 48, norm_eps=1e-12, key_norm_eps=1e-12, dtype=dtype)
 
     def result(config):
@@ -372,9 +369,9 @@ def test_reverse_over_reverse(name, size, kinds, x64):
 
     def product(network):
         loss = loss_of(network)
-        return jax.jit(
-            jax.grad(lambda toy: inner(jax.grad(loss)(toy), direction)), compiler_options=QUICK
-        )(toy)
+        return jax.jit(jax.grad(lambda toy: inner(jax.grad(loss)(toy), direction)), compiler_options=QUICK)(
+            toy
+        )
 
     got = product(lambda toy: toys.run(scheme, kinds, toy))
     oracle.assert_close(got, product(lambda toy: toys.literal(name, size, kinds, toy)), 1e-11)

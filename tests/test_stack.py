@@ -157,9 +157,9 @@ class Extras:
             return total + sum(losses), {"h": out.h, "aux": out.aux}
 
         arguments = toys.cast(self.arguments(toy), dtype)
-        (_, values), gradient = jax.jit(
-            jax.value_and_grad(loss, has_aux=True), compiler_options=toys.QUICK
-        )(arguments)
+        (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=toys.QUICK)(
+            arguments
+        )
         return values | {"gradient": gradient}
 
 
@@ -197,9 +197,7 @@ def test_policies(name, x64):
     extras = Extras(kinds, toy)
     want = extras.result(lambda toy, make: toys.literal(name, 4, kinds, toy, make), toy)
     for policy in POLICIES:
-        got = extras.result(
-            lambda t, make, p=policy: toys.run(scheme, kinds, t, make, policy=p), toy
-        )
+        got = extras.result(lambda t, make, p=policy: toys.run(scheme, kinds, t, make, policy=p), toy)
         oracle.assert_close(got, want, 1e-11)
 
 
@@ -216,8 +214,7 @@ def test_aux_is_stacked_in_order_of_depth(implementation):
         return {
             kind: Layer(toys.rms_norm, apply, params[kind], places)
             for kind, places in (
-                (kind, np.flatnonzero(np.array(list(kinds)) == kind).astype(np.int32))
-                for kind in params
+                (kind, np.flatnonzero(np.array(list(kinds)) == kind).astype(np.int32)) for kind in params
             )
         }
 

@@ -141,9 +141,7 @@ def test_adamw_against_numpy(tiny):
     tx, params = optim.optimizer(config, table), run.create().params
     rng = np.random.default_rng(0)
     gradients = [
-        jax.tree.map(
-            lambda p, s=scale: jnp.asarray(s * rng.standard_normal(p.shape), p.dtype), params
-        )
+        jax.tree.map(lambda p, s=scale: jnp.asarray(s * rng.standard_normal(p.shape), p.dtype), params)
         for scale in (1.0, 1e-3, 0.1)
     ]
     expected = adamw(config, table, named(params), [named(g) for g in gradients])
@@ -367,9 +365,7 @@ def test_another_config_is_refused(whole, tiny, capsys):
         with pytest.raises(workdir.RunError, match=named) as error:
             loop.train(tiny(**change), whole)
         assert "\n" not in str(error.value)
-    loop.train(
-        tiny(train__log_every=3, checkpoint__keep=5, train__stop_after=1), whole
-    )  # no matter
+    loop.train(tiny(train__log_every=3, checkpoint__keep=5, train__stop_after=1), whole)  # no matter
 
 
 def test_divergence_stops_the_run(tiny, tmp_path, capsys):

@@ -90,9 +90,7 @@ class Summary(NamedTuple):
 
 def scheme(config: dict[str, Any]) -> residuals.Scheme:
     """The residual scheme of a flat config."""
-    return residuals.make(
-        config["residual"], block_size=config["block_size"], eps=config["key_norm_eps"]
-    )
+    return residuals.make(config["residual"], block_size=config["block_size"], eps=config["key_norm_eps"])
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -133,13 +131,16 @@ def caveats(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> tuple[Table, str]:
-    """The comparison as a rich table and as markdown."""
+    """The comparison for the terminal, a column for each scheme, and as markdown, a row for each."""
     header, rows = _cells(summaries(runs))
-    rich = Table(pad_edge=False, collapse_padding=True)
-    for at, name in enumerate(header):
-        rich.add_column(name, justify="right" if at else "left", no_wrap=at == 0)
-    for row in rows:
-        rich.add_row(*row)
+    rich = Table()
+    for name, *cells in zip(header, *rows, strict=True):
+        if not rich.columns:
+            rich.add_column(name)
+            for cell in cells:
+                rich.add_column(cell, justify="right")
+        else:
+            rich.add_row(name, *cells)
     rule = ["---", *["---:"] * (len(header) - 1)]
     lines = [header, rule, *rows]
     return rich, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -274,9 +275,7 @@ def _tokens(run):
 
 def _difference(group, baseline):
     common = [seed for seed in group.runs if seed in baseline.runs]
-    bits = [
-        [of.runs[seed].evaluation["bits_per_byte"] for seed in common] for of in (group, baseline)
-    ]
+    bits = [[of.runs[seed].evaluation["bits_per_byte"] for seed in common] for of in (group, baseline)]
     return _spread([a - b for a, b in zip(*bits, strict=True)]) if common else None
 
 

@@ -74,9 +74,7 @@ def rms_norm(config: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.width, epsilon=config.norm_eps, **types(config), rngs=rngs)
 
 
-def rope(
-    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T H K"]:
+def rope(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H K"]:
     """Rotary positions (Su et al. 2021): halves of a head are turned by `position * theta^(-2i/K)`."""
     dtype = compute_dtype(x.dtype)
     rate = jnp.asarray(theta, dtype) ** -(jnp.arange(0, x.shape[-1], 2, dtype=dtype) / x.shape[-1])

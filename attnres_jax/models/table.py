@@ -53,6 +53,4 @@ def _row(path, leaf):
             axes = ("L" if path.startswith("layers/") else "") + axes
             decay = group in ("matrix", "head")
             return order, Parameter(path, leaf.shape, leaf.dtype, axes, group, decay)
-    raise ValueError(
-        f"no rule of models/table.py covers the parameter {path} {leaf.shape}: add one"
-    )
+    raise ValueError(f"no rule of models/table.py covers the parameter {path} {leaf.shape}: add one")

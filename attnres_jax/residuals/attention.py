@@ -59,7 +59,7 @@ class AttnRes(Scheme):
     def open(self, mix, history):
         w = _weight(mix, history)
         mask = jnp.where(jnp.arange(len(w)) == 0, -jnp.inf, jnp.zeros((), w.dtype))
-        return Slot(w, mask, self._phase1(w, history) if self.two_phase else None), history
+        return Slot(w, mask, ops.depth_mix(w, history, **self._how) if self.two_phase else None), history
 
     def begin(self, history):
         return jnp.zeros_like(history[0].array[0]) if self.two_phase else None
@@ -71,7 +71,7 @@ class AttnRes(Scheme):
         elif self.block_size == 1:
             mixture, weights = slot.done.mixture, None
         else:
-            mixture, weights = self._phase2(slot, stream), None
+            mixture, weights = ops.depth_merge(slot.w, slot.done, stream, slot.mask, **self._how), None
         return Read(norm(mixture), mixture, weights)
 
     def write(self, slot, stream, y):
@@ -83,18 +83,14 @@ class AttnRes(Scheme):
     def finish(self, mix, history):
         w = _weight(mix, history)
         if self.two_phase:
-            mixture = self._phase1(w[None], history).mixture[0]
-            return Read(mixture, mixture, None)
-        mixture, weights = depth.mix(w, _unstack(history), self.eps)
+            mixture, weights = ops.depth_mix(w[None], history, **self._how).mixture[0], None
+        else:
+            mixture, weights = depth.mix(w, _unstack(history), self.eps)
         return Read(mixture, mixture, weights)
 
-    def _phase1(self, w, history):
-        return ops.depth_mix(w, history, eps=self.eps, implementation=self.implementation)
-
-    def _phase2(self, slot, stream):
-        return ops.depth_merge(
-            slot.w, slot.done, stream, slot.mask, eps=self.eps, implementation=self.implementation
-        )
+    @property
+    def _how(self):
+        return {"eps": self.eps, "implementation": self.implementation}
 
 
 def _weight(mix, history):

@@ -1,12 +1,7 @@
-"""Depth mixing as a value with seven verbs. A scheme is a small static object; no verb takes a layer index.
+"""Depth mixing as a value with seven verbs: start, open, begin, read, write, close, finish.
 
-start(x) -> history                  lives across blocks; x [B,T,D] is the embedding
-open(mix, history) -> slots, history mix: the parameters of the block's S sublayers; slots: leading axis S
-begin(history) -> stream             the carry inside a block, and what the backward pass keeps
-read(slot, history, stream, norm)    -> Read: the input of a sublayer
-write(slot, stream, y) -> stream     y [B,T,D] is the output of the sublayer
-close(history, stream) -> history
-finish(mix, history) -> Read         what the final norm and the head take
+A scheme is a small static object; no verb takes a layer index. A history lives across blocks, a stream
+inside one.
 """
 
 from abc import ABC, abstractmethod
@@ -79,15 +74,15 @@ class Scheme(ABC):
 
     @abstractmethod
     def start(self, x: Float[Array, "B T D"]) -> PyTree:
-        """The history before the first block."""
+        """The history before the first block; `x` is the embedding."""
 
     def open(self, mix: dict[str, Array], history: PyTree) -> tuple[PyTree, PyTree]:
-        """Slots of the block's sublayers, and the history."""
+        """Slots of the block's S sublayers, stacked, and the history; `mix` are their parameters."""
         return mix, history
 
     @abstractmethod
     def begin(self, history: PyTree) -> PyTree:
-        """The stream at the start of a block."""
+        """The stream at the start of a block: its carry, and what the backward pass keeps."""
 
     @abstractmethod
     def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm) -> Read:
@@ -95,7 +90,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def write(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
-        """The stream after the sublayer's output."""
+        """The stream after the sublayer's output `y`."""
 
     @abstractmethod
     def close(self, history: PyTree, stream: PyTree) -> PyTree:
@@ -103,7 +98,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def finish(self, mix: dict[str, Array], history: PyTree) -> Read:
-        """The output read; its `x` is not normed."""
+        """The output read, for the final norm and the head; its `x` is not normed."""
 
 
 def append(history: tuple[Rows, ...], stream: Float[Array, "B T D"]) -> tuple[Rows, ...]:

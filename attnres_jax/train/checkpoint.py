@@ -1,10 +1,10 @@
 """Checkpoints of a run, in its folder `checkpoints/STEP`. All of Orbax stays behind this file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -28,7 +28,8 @@ class Checkpoints:
     """The newest `keep` checkpoints; saving goes on in the background until the block is left."""
 
     def __init__(self, folder: Path, keep: int):
-        self._manager = _manager(folder, max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self):
         return self
@@ -60,25 +61,18 @@ def load_run(folder: Path, step: int | None = None) -> LoadedRun:
     """The model of a run after `step` updates (None: the newest); `RunError` where there is none."""
     config = workdir.load_config(folder)
     model = configs.model_config(config, open_corpus(config.data.corpus).vocab)
-    with _manager(folder / workdir.CHECKPOINTS, read_only=True) as manager:
-        step = _choose(folder, step, manager.all_steps())
-        like = nnx.to_pure_dict(nnx.state(abstract(model)))
-        loads = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-        params = manager.restore(step, args=loads)["params"]
+    saved = folder / workdir.CHECKPOINTS
+    step = _choose(folder, step, ocp.utils.checkpoint_steps(saved) if saved.is_dir() else [])
+    like = nnx.to_pure_dict(nnx.state(abstract(model)))
+    with ocp.StandardCheckpointer() as reader:
+        params = reader.restore(saved.absolute() / str(step) / "params", like)
     return LoadedRun(config, state.merge(model, params), step)
 
 
-def _choose(folder: Path, step: int | None, steps) -> int:
+def _choose(folder: Path, step: int | None, steps: Sequence[int]) -> int:
     if not steps:
-        raise workdir.RunError(
-            f"{folder} has no checkpoint yet: the same train command continues it"
-        )
+        raise workdir.RunError(f"{folder} has no checkpoint yet: the same train command continues it")
     if step is not None and step not in steps:
         there = ", ".join(map(str, sorted(steps)))
         raise workdir.RunError(f"{folder} has no checkpoint of step {step}; there are: {there}")
-    return int(np.max(list(steps))) if step is None else step
-
-
-def _manager(folder: Path, **options) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(**options)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return max(steps) if step is None else step

@@ -62,9 +62,7 @@ def open_corpus(corpus: str, cache_dir: str | Path | None = None) -> Corpus:
     """The shipped novels (`austen`), cached under `cache_dir`, or a folder made by `prepare`."""
     if corpus != "austen":
         return _open(Path(corpus), "make it again with attnres_jax.train.data.prepare")
-    return _open(
-        _austen(Path(cache_dir or _cache_dir())), "delete it: the next start makes it anew"
-    )
+    return _open(_austen(Path(cache_dir or _cache_dir())), "delete it: the next start makes it anew")
 
 
 def prepare(
@@ -179,9 +177,7 @@ def _text(name: str, packed: bytes) -> bytes:
     try:
         return lzma.decompress(packed)
     except lzma.LZMAError as error:
-        raise DataError(
-            f"{AUSTEN / name}.txt.xz is damaged ({error}): install attnres-jax again"
-        ) from error
+        raise DataError(f"{AUSTEN / name}.txt.xz is damaged ({error}): install attnres-jax again") from error
 
 
 def _dtype(vocab: int) -> np.dtype:

@@ -48,9 +48,7 @@ def evaluate(
     )
 
 
-def heldout(
-    nats: Callable[..., Any], config: Config, corpus: Corpus, limit: int, model: Any
-) -> Evaluation:
+def heldout(nats: Callable[..., Any], config: Config, corpus: Corpus, limit: int, model: Any) -> Evaluation:
     """On the first `limit` tokens (0: all), in windows of `data.length`; `nats` takes `model` first."""
     windows = heldout_windows(corpus.heldout, config.data.length, config.data.batch, limit)
     return evaluate(partial(nats, model), windows, corpus.bytes_per_token)

@@ -29,9 +29,7 @@ from attnres_jax.train.step import Updated
 class MetricLog:
     """Log of a run that has made `start` updates; rows of later steps are of lost work and go."""
 
-    def __init__(
-        self, folder: Path, start: int, config: Config, model: ModelConfig, corpus: Corpus
-    ):
+    def __init__(self, folder: Path, start: int, config: Config, model: ModelConfig, corpus: Corpus):
         path = folder / workdir.METRICS
         kept = [row for row in workdir.read_rows(folder) if row["step"] <= start]
         workdir.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -77,9 +77,7 @@ def token_nats(model: Any, tokens: Int[Array, "B T1"]) -> Float[Array, "B T"]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
-def position_nats(
-    model: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]
-) -> Float[Array, " T"]:
+def position_nats(model: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]) -> Float[Array, " T"]:
     """Sum over a batch of the cross-entropy at each position."""
     return jnp.sum(jnp.where(mask, token_nats(model, tokens), 0), 0)
 

@@ -33,9 +33,7 @@ def claim(workdir: Path, config: Config) -> None:
 
 def load_config(workdir: Path) -> Config:
     """The config that `workdir` was trained with."""
-    return configs.from_flat(
-        read_json(workdir, CONFIG, "is not a run; make one with train --workdir")
-    )
+    return configs.from_flat(read_json(workdir, CONFIG, "is not a run; make one with train --workdir"))
 
 
 def read_json(workdir: Path, name: str, without: str) -> dict[str, Any]:
@@ -46,9 +44,7 @@ def read_json(workdir: Path, name: str, without: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(
-            f"{path} is damaged ({error}): restore it, or train into a new folder"
-        ) from None
+        raise RunError(f"{path} is damaged ({error}): restore it, or train into a new folder") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

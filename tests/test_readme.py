@@ -1,0 +1,206 @@
+"""README.md is true: its code runs and learns, its commands are understood, its files exist."""
+
+import ast
+import re
+import runpy
+import shlex
+import tomllib
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_layout
+from flax import nnx
+from toys import QUICK
+
+from attnres_jax import __main__, configs
+from attnres_jax.stack import through_depth
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def fenced(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+CODE = dict(zip(("LanguageModel", "VisionTransformer", "stacked"), fenced("python"), strict=True))
+MODELS = ("LanguageModel", "VisionTransformer")
+COMMANDS = [line for block in fenced("sh") for line in block.splitlines() if line]
+COMMANDS += re.findall(r"`(make [^`]+)`", TEXT)
+(FILE_MAP,) = [[line.split()[0] for line in block.splitlines()] for block in fenced("text")]
+
+
+@pytest.fixture
+def execute(tmp_path):
+    """Run code as a script of its own and return its names."""
+
+    def run(code):
+        file = tmp_path / "snippet.py"
+        file.write_text(code)
+        return runpy.run_path(str(file))
+
+    return run
+
+
+def test_the_language_model_learns(execute):
+    """Well below the entropy of single bytes: the context is used, through learned depth weights."""
+    names = execute(CODE["LanguageModel"])
+    frequency = np.bincount(names["text"]) / len(names["text"])
+    entropy = -np.sum(frequency[frequency > 0] * np.log(frequency[frequency > 0]))
+    assert np.mean(names["losses"][-10:]) < entropy - 0.4
+    assert names["losses"][0] > np.log(256)
+    assert learned(names["model"].depth.mix.named())
+
+
+def test_the_vision_transformer_learns(execute):
+    names = execute(CODE["VisionTransformer"])
+    said = float(re.search(r"accuracy was (0\.\d+)", TEXT)[1])
+    assert names["accuracy"] > 0.9
+    assert names["accuracy"] == pytest.approx(said, abs=0.03)
+    assert learned(names["params"]["params"]["DepthMix_0"])
+
+
+def learned(mix):
+    """Every query has left zero, but the first: it has one source, hence no gradient."""
+    moved = [np.abs(row).max() > 0.01 for row in (*mix["query"], mix["query_out"])]
+    return not moved[0] and all(moved[1:])
+
+
+def test_stacked_layers_are_the_reference(execute):
+    """With random queries; forward mode passes in reference mode only, as the text says."""
+    names = execute(CODE["stacked"])
+    key, kinds, x = jax.random.key(1), "m" * names["L"], names["x"]
+    mix = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(key, a.shape), names["mix"])
+
+    def network(x, **options):
+        return through_depth(names["scheme"], mix, kinds, names["layers"], x, **options).h
+
+    def literal(x):
+        return jax.jvp(partial(network, implementation="reference"), (x,), (x,))
+
+    expected, slope = jax.jit(literal, compiler_options=QUICK)(x)
+    assert jnp.linalg.norm(expected - names["h"]) > 0.1 * jnp.linalg.norm(expected)
+    assert jnp.linalg.norm(network(x) - expected) < 2e-6 * jnp.linalg.norm(expected)
+    assert 0 < jnp.linalg.norm(slope) < jnp.inf
+    with pytest.raises(TypeError, match=r'reverse mode only.*implementation="reference"'):
+        jax.jvp(network, (x,), (x,))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_four_lines_are_four(model):
+    """Numbered 1 to 4, and no other line but an import speaks of depth mixing."""
+    lines = CODE[model].splitlines()
+    numbers = [re.search(r"  # (\d)\b", line) for line in lines]
+    assert [number[1] for number in numbers if number] == ["1", "2", "3", "4"]
+    rest = [line for line, number in zip(lines, numbers, strict=True) if not number]
+    rest = [line for line in rest if not line.startswith(("import ", "from "))]
+    assert not re.search(r"depth|mix|attnres|scheme|residual", "\n".join(rest), re.IGNORECASE)
+
+
+def before(code):
+    """The code without the four lines, and in place of the third what it says it was."""
+    was = re.sub(r"\S.*# 3, was: ", "", code)
+    return "\n".join(line for line in was.splitlines() if not re.search(r"# [124]$", line))
+
+
+def definitions(code):
+    kept = ast.Import | ast.ImportFrom | ast.ClassDef
+    body = [node for node in ast.parse(code).body if isinstance(node, kept)]
+    return ast.unparse(ast.Module(body, []))
+
+
+def test_the_language_model_starts_from_its_plain_self(execute):
+    tokens = np.random.default_rng(0).integers(256, size=(2, 64))
+    logits = []
+    for code in (CODE["LanguageModel"], before(CODE["LanguageModel"])):
+        model = execute(definitions(code))["LanguageModel"](2, 64, 64, nnx.Rngs(0))
+        logits.append(jax.jit(model, compiler_options=QUICK)(tokens))
+    assert not hasattr(model, "depth")
+    np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+def test_the_vision_transformer_starts_from_its_plain_self(execute):
+    images = np.random.default_rng(0).standard_normal((2, 8, 8))
+    codes = CODE["VisionTransformer"], before(CODE["VisionTransformer"])
+    ours, plain = (execute(definitions(code))["VisionTransformer"](blocks=2) for code in codes)
+    init = jax.jit(ours.init_with_output, compiler_options=QUICK)
+    logits, params = init(jax.random.key(0), images)
+    kept = {name: leaf for name, leaf in params["params"].items() if name != "DepthMix_0"}
+    assert len(kept) == len(params["params"]) - 1
+    expected = jax.jit(plain.apply, compiler_options=QUICK)({"params": kept}, images)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood(line):
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        check_make(words[1:])
+    elif words[:3] == ["python", "-m", "attnres_jax"]:
+        args = __main__._parse(words[3:])
+        if getattr(args, "config", None):
+            configs.load(args.config, args.overrides)
+    elif words[0] == "tensorboard":
+        assert any(name.startswith("tensorboard>") for name in PROJECT["dependencies"])
+    else:
+        assert words in (["source", ".venv/bin/activate"], ["pip", "install", "."])
+
+
+def check_make(words):
+    targets = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+    for word in words:
+        name, equals, value = word.partition("=")
+        assert re.search(rf"^{name} \?= ", MAKEFILE, re.MULTILINE) if equals else name in targets
+        assert name != "LOCK" or (ROOT / value).is_file()
+
+
+def test_commands_were_found():
+    """The two commands come first; every command of the program but none unknown is shown."""
+    assert COMMANDS[:2] == ["make train", "make test"]
+    shown = {line.split()[3] for line in COMMANDS if line.startswith("python -m")}
+    assert shown == set(__main__.COMMANDS)
+    assert ".venv" in re.search(r"^VENV \?= (.*)$", MAKEFILE, re.MULTILINE)[1]
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert len(links) > 2
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_the_file_map_names_what_exists():
+    assert [name for name in FILE_MAP if not (ROOT / name).exists()] == []
+    assert [name for name in FILE_MAP if (ROOT / name).is_dir() != name.endswith("/")] == []
+
+
+def test_the_file_map_names_every_module():
+    """But files that only mark a package."""
+    files = [file for file, _ in test_layout.package_files()]
+    modules = {str(f.relative_to(ROOT)) for f in files if len(ast.parse(f.read_text()).body) > 1}
+    assert modules - set(FILE_MAP) == set()
+    assert len(FILE_MAP) == len(set(FILE_MAP))
+
+
+def test_the_core_stands_first():
+    core = [f"attnres_jax/{name}" for name in test_layout.CORE]
+    assert len(core) == 10
+    assert sorted(FILE_MAP[:10]) == sorted(core)
+
+
+def test_versions_are_those_of_the_locks():
+    rows = re.findall(
+        r"^\| .* \| `make train(?: LOCK=requirements/(.*).txt)?` \| (.*) \| (.*) \|$", TEXT, re.M
+    )
+    assert len(rows) == 4
+    for target, *said in rows:
+        locked = [test_layout.version(target or "cpu", name) for name in ("jax", "flax")]
+        assert said == locked, target
+    assert f"version = {{{PROJECT['version']}}}" in TEXT
+    assert "jax>=0.11.2,<0.13" in PROJECT["dependencies"]
+    assert "Python >= 3.12, JAX >= 0.11.2 and < 0.13" in TEXT
