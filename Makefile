@@ -5,6 +5,8 @@ VENV ?= .venv
 LOCK ?= requirements/cpu.txt
 RUNS ?= runs/quick
 RUN := $(VENV)/bin/python
+WORKERS ?= 2
+TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 # One stamp a lock: another LOCK makes the environment anew.
 READY := $(VENV)/.ready-$(basename $(notdir $(LOCK)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -16,10 +18,10 @@ train: $(READY)
 	@$(RUN) -m attnres_jax compare $(RUNS)/plain $(RUNS)/block --out=$(RUNS)
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(TEST)
 
 test-slow: $(READY)
-	$(RUN) -m pytest -m slow
+	$(TEST) -m slow
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt

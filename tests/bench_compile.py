@@ -95,7 +95,7 @@ def page() -> str:
         device=processor(),
         jax=jax.__version__,
         python=platform.python_version(),
-        commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        commit=subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
         width=WIDTH,
         time=TIME,
         batch=BATCH,

@@ -11,6 +11,7 @@ from flax import nnx
 from attnres_jax import configs
 from attnres_jax.configs import base
 from attnres_jax.models.transformer import Transformer
+from attnres_jax.train import step
 
 DRAWS = 200
 
@@ -102,6 +103,18 @@ def test_valid_configs_trace(seed):
     logits = jax.eval_shape(lambda t: Transformer(model, rngs=nnx.Rngs(0))(t).logits, tokens)
     assert logits.shape == (*tokens.shape, 17)
     assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("seed", range(0, DRAWS, 20))
+def test_valid_configs_trace_an_update(seed):
+    """The optimizer and accumulation too: one update gives a state of the same shapes and dtypes."""
+    config = configs.from_flat(draw_valid(np.random.default_rng(seed)))
+    run = step.programs(config, 17)
+    tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), jnp.int32)
+    state = jax.eval_shape(run.create)
+    after, out = jax.eval_shape(run.update, state, tokens)
+    assert after == state
+    assert out.depth_norms.shape == (2 * config.model.blocks,)
 
 
 def test_model_gets_every_key():

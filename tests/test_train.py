@@ -283,8 +283,7 @@ def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path):
 
 def check_same_run(folder, whole, config):
     """State, losses, statistics and evaluation are those of the run in one go."""
-    assert_same(restored(config, folder), restored(config, whole))
-    assert losses(folder) == losses(whole)
+    check_same_run_values(folder, whole, config)
     for kind in ("depth", "eval"):
         assert rows(folder, kind) == rows(whole, kind)
     assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
@@ -345,8 +344,11 @@ def test_signals_save_and_stop(whole, tiny, tmp_path, monkeypatch, number, capsy
 
 
 def check_same_run_values(folder, whole, config):
-    assert_same(restored(config, folder), restored(config, whole))
+    """No row of the log twice, none missing."""
+    steps = [[row["step"] for row in rows(run, "train")] for run in (folder, whole)]
+    assert steps[0] == steps[1]
     assert losses(folder) == losses(whole)
+    assert_same(restored(config, folder), restored(config, whole))
 
 
 def test_the_evaluation_is_made_up_for(whole, tiny, tmp_path):
@@ -366,6 +368,13 @@ def test_another_config_is_refused(whole, tiny, capsys):
             loop.train(tiny(**change), whole)
         assert "\n" not in str(error.value)
     loop.train(tiny(train__log_every=3, checkpoint__keep=5, train__stop_after=1), whole)  # no matter
+
+
+def test_a_workdir_that_is_no_folder(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(workdir.RunError, match=r"cannot be written .*take another --workdir"):
+            workdir.claim(path, tiny())
 
 
 def test_divergence_stops_the_run(tiny, tmp_path, capsys):

@@ -42,7 +42,7 @@ class MetricLog:
         total = config.train.stop_after or config.train.steps
         self._task = self._bar.add_task(folder.name, total=total, completed=start, said="")
         self._began = self._last = time.perf_counter()
-        self._first, self._last_step = start + 1, start
+        self._last_step = start
 
     def __enter__(self):
         if self._console.is_terminal:
@@ -59,9 +59,9 @@ class MetricLog:
         self._last = time.perf_counter()
 
     def train(self, step: int, out: Updated) -> None:
-        """Move the bar; every `train.log_every` updates, and after the first, a row."""
+        """Move the bar; after the first update and every `train.log_every`, a row."""
         self._bar.update(self._task, completed=step)
-        if step % self._config.train.log_every and step != self._first:
+        if step % self._config.train.log_every and step != 1:
             return
         now, tokens = time.perf_counter(), self._config.data.batch * self._config.data.length
         values = {

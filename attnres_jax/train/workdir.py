@@ -27,8 +27,11 @@ def claim(workdir: Path, config: Config) -> None:
                     f"{workdir} holds a run with {key} = {held[key]!r}, not {wanted[key]!r}: "
                     "take another --workdir, or train with the config it was made with"
                 )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / CONFIG, wanted)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / CONFIG, wanted)
+    except OSError as error:
+        raise RunError(f"{workdir} cannot be written ({error.strerror}): take another --workdir") from None
 
 
 def load_config(workdir: Path) -> Config:
