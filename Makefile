@@ -1,4 +1,5 @@
 # make train: train plain and Block AttnRes on Jane Austen, compare them.  make test: the tests.  Both install first.
+# make seeds: three seeds of plain, Block and Full, the page in docs/results/quick.
 # On a TPU VM: make train LOCK=requirements/tpu.txt.  Another interpreter: make train PYTHON=/path/to/python3.12.
 SHELL := /bin/bash
 VENV ?= .venv
@@ -11,11 +12,17 @@ TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 READY := $(VENV)/.ready-$(basename $(notdir $(LOCK)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-slow test-oldest lint locks
+.PHONY: train seeds test test-slow test-oldest lint locks
 train: $(READY)
 	@for residual in plain block; do \
 	  $(RUN) -m attnres_jax train --config=quick:$$residual --workdir=$(RUNS)/$$residual || exit 1; done
 	@$(RUN) -m attnres_jax compare $(RUNS)/plain $(RUNS)/block --out=$(RUNS)
+
+seeds: $(READY)
+	@for seed in 0 1 2; do for residual in plain block full; do \
+	  $(RUN) -m attnres_jax train --config=quick:$$residual --config.seed=$$seed \
+	    --workdir=runs/seeds/$$residual-$$seed || exit 1; done; done
+	@$(RUN) -m attnres_jax compare runs/seeds/* --out=docs/results/quick
 
 test: $(READY)
 	$(TEST)

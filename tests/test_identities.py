@@ -151,9 +151,12 @@ def cursor(scheme, kinds, toy):
     return toys.oracle.Stack(state.finish().mixture, None, None, None, {})
 
 
+OTHERS = [("block", 2, "amamamk"), ("full", 1, "amkma"), ("plain", 1, "amam")]
+
+
 @pytest.mark.parametrize(
     ("name", "size", "kinds"),
-    [("block", 2, "amamamk"), ("full", 1, "amkma"), ("block", 3, "kmakmakm"), ("plain", 1, "amam")],
+    [("block", 3, "kmakmakm"), *(pytest.param(*mode, marks=pytest.mark.slow) for mode in OTHERS)],
 )
 def test_scan_unrolled_and_one_phase_agree(name, size, kinds, x64):
     """The scanned two-phase stack, the unrolled two-phase cursor, the unrolled one-phase literal."""
@@ -218,6 +221,7 @@ def check_same_loss(results, dtype):
         oracle.assert_close(gradient, plain[1], TOLERANCES[dtype][1])
 
 
+@pytest.mark.slow  # the language model below says the same with real sublayers
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_step_zero_is_the_plain_network(dtype):
     kinds = "amkmamk"
@@ -309,6 +313,7 @@ def test_no_read_sees_a_later_output(name):
 # Other modes of differentiation -----------------------------------------------------------------
 
 MODES = [("block", 2, "amkma"), ("full", 1, "amk"), ("plain", 1, "amk")]
+SECOND_ORDER = [MODES[0], *(pytest.param(*mode, marks=pytest.mark.slow) for mode in MODES[1:])]
 
 
 def loss_of(network):
@@ -325,7 +330,7 @@ def tiny(name, size, kinds):
     return scheme, *(toys.cast(toy, "float64") for toy in draws)
 
 
-@pytest.mark.parametrize(("name", "size", "kinds"), MODES)
+@pytest.mark.parametrize(("name", "size", "kinds"), SECOND_ORDER)
 def test_forward_mode_and_hessian_in_reference_mode(name, size, kinds, x64):
     scheme, toy, direction = tiny(name, size, kinds)
 
@@ -362,7 +367,7 @@ def test_forward_mode_of_the_fast_path_names_the_way_out(name, size, kinds, x64)
             mode()
 
 
-@pytest.mark.parametrize(("name", "size", "kinds"), MODES)
+@pytest.mark.parametrize(("name", "size", "kinds"), SECOND_ORDER)
 def test_reverse_over_reverse(name, size, kinds, x64):
     """A Hessian-vector product by two reverse passes through the fast path."""
     scheme, toy, direction = tiny(name, size, kinds)
@@ -381,7 +386,7 @@ def inner(a, b):
     return sum(jnp.vdot(u, v) for u, v in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
-@pytest.mark.parametrize("over", ["everything", "inputs"])
+@pytest.mark.parametrize("over", ["everything", pytest.param("inputs", marks=pytest.mark.slow)])
 def test_vmap(over, x64):
     """Over three networks at once, or over three inputs of one network; and gradients per example."""
     name, size, kinds = "block", 2, "amamk"

@@ -55,7 +55,11 @@ def test_stack_grid(name, size, kinds):
     check(name, size, kinds, {})
 
 
-@cells
+FEW = ("full_odd_width", "blocks_of_two_cut_one_token", "plain_two_kinds")
+MARKS = {name: () if name in FEW else pytest.mark.slow for name in CELLS}
+
+
+@pytest.mark.parametrize("cell", [pytest.param(CELLS[n], id=n, marks=MARKS[n]) for n in CELLS])
 def test_reference_mode_and_record(cell, x64):
     """Values, gradients, and the outputs, mixtures and weights of every read."""
     name, size, kinds, shape = cell
@@ -173,10 +177,15 @@ CARRIED = {
     "full": ("full", 1, "amkm"),
     "repeated_then_not": ("block", 2, "amamk"),
     "short_last": ("block", 3, "amkma"),
+    "full_two_by_two": ("full", 1, "amamk"),
 }
 
 
-@pytest.mark.parametrize("case", CARRIED.values(), ids=CARRIED)
+SLOWER = ("plain", "full", "repeated_then_not")
+MARKED = {name: pytest.mark.slow if name in SLOWER else () for name in CARRIED}
+
+
+@pytest.mark.parametrize("case", [pytest.param(CARRIED[n], id=n, marks=MARKED[n]) for n in CARRIED])
 def test_everything_carried(case, x64):
     """Auxiliary outputs, inputs and closures give the oracle's values and gradients."""
     name, size, kinds = case
@@ -189,7 +198,7 @@ def test_everything_carried(case, x64):
     oracle.assert_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize("name", ["plain", "block"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "block"])
 def test_policies(name, x64):
     """What is kept for the backward pass changes no value and no gradient."""
     kinds, scheme = "amkmam", toys.make(name, 4)

@@ -323,7 +323,7 @@ def test_kill_and_resume_bit_for_bit(whole, tiny, tmp_path):
     check_same_run(folder, whole, config)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_and_stop(whole, tiny, tmp_path, monkeypatch, number, capsys):
     folder, train = tmp_path / "run", metrics.MetricLog.train
 
