@@ -2,8 +2,8 @@
 
 Command   python -m attnres_jax train --config=quick:block --workdir=runs/block   (or plain, full)
 Hardware  2 CPU cores, fp32
-Time      about 1 minute (plain), 2 minutes (block)
-Expect    bits/byte on the first 64 kB of Persuasion: plain 2.66, block 2.54 (the prototype's run)
+Time      1.3 minutes (plain), 2.1 minutes (block), on a shared AMD EPYC, JAX 0.12.0.1, 2026-11-25
+Expect    bits/byte on the first 64 kB of Persuasion, seed 0: plain 2.611, block 2.490, full 2.480
 """
 
 from attnres_jax.configs import base
