@@ -123,5 +123,5 @@ class MetricLog:
 
 def _progress(console: Console) -> Progress:
     said = TextColumn("{task.fields[said]}")
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
+    columns = ("{task.description}", BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), said)
     return Progress(*columns, console=console)
