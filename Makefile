@@ -15,13 +15,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: train seeds test test-slow test-oldest lint locks
 train: $(READY)
 	@for residual in plain block; do \
-	  $(RUN) -m attnres_jax train --config=quick:$$residual --workdir=$(RUNS)/$$residual || exit 1; done
+	  $(RUN) -m attnres_jax train --config=quick:$$residual --workdir=$(RUNS)/$$residual || exit 1; \
+	  test -f $(RUNS)/$$residual/eval.json || exit 1; done  # a signal saves and exits 0
 	@$(RUN) -m attnres_jax compare $(RUNS)/plain $(RUNS)/block --out=$(RUNS)
 
 seeds: $(READY)
 	@for seed in 0 1 2; do for residual in plain block full; do \
 	  $(RUN) -m attnres_jax train --config=quick:$$residual --config.seed=$$seed \
-	    --workdir=runs/seeds/$$residual-$$seed || exit 1; done; done
+	    --workdir=runs/seeds/$$residual-$$seed || exit 1; \
+	  test -f runs/seeds/$$residual-$$seed/eval.json || exit 1; done; done
 	@$(RUN) -m attnres_jax compare runs/seeds/* --out=docs/results/quick
 
 test: $(READY)

@@ -281,6 +281,16 @@ def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path):
     check_same_run(tmp_path / "run", whole, tiny())
 
 
+def test_the_clock_goes_on(whole, tiny, tmp_path):
+    """Time of a resumed run counts what was spent before."""
+    loop.train(tiny(train__stop_after=2), tmp_path / "run")
+    before = rows(tmp_path / "run", "train")[-1]
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_text(path.read_text().replace(str(before["seconds"]), "1000.0"))
+    loop.train(tiny(), tmp_path / "run")
+    assert rows(tmp_path / "run", "train")[-1]["seconds"] > 1000
+
+
 def check_same_run(folder, whole, config):
     """State, losses, statistics and evaluation are those of the run in one go."""
     check_same_run_values(folder, whole, config)

@@ -7,7 +7,6 @@ to the first row (the plain residual if it is there), paired by seed.
 import json
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from attnres_jax.analysis.figures import Series
 SCHEME_KEYS = ("residual", "block_size", "key_norm_eps")
 BOOKKEEPING = (
     *(f"train.{key}_every" for key in ("log", "depth", "eval")),
-    *("checkpoint.every", "checkpoint.keep"),
+    *("checkpoint.every", "checkpoint.keep", "train.stop_after"),
 )
 """Keys that change what is written down, never what is trained or measured."""
 
@@ -265,7 +264,7 @@ def _summary(group, baseline):
         _spread([run.evaluation["perplexity"] for run in runs]),
         _spread([_train_loss(run) for run in runs]),
         _spread([float(np.median([row["tokens_per_s"] for row in run.train])) for run in runs]),
-        _spread([_seconds(run.train) / 60 for run in runs]),
+        _spread([run.train[-1]["seconds"] / 60 for run in runs]),
     )
 
 
@@ -282,12 +281,6 @@ def _difference(group, baseline):
 def _train_loss(run):
     first = 0.9 * run.train[-1]["step"]
     return float(np.mean([row["loss"] for row in run.train if row["step"] >= first]))
-
-
-def _seconds(train):
-    """Time over all processes of a run: the clock restarts when a run is resumed."""
-    clock = [row["seconds"] for row in train]
-    return clock[-1] + sum(a for a, b in pairwise(clock) if b < a)
 
 
 def _spread(values):

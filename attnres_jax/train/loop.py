@@ -69,9 +69,12 @@ class _Loop(NamedTuple):
             self._settle(waiting)  # the step before, while this one runs
             at += 1
             waiting.append((at, out))
-            if at % every.depth_every == 0:
+            look, evaluate = at % every.depth_every == 0, at % every.eval_every == 0
+            if look or evaluate:
+                self._settle(waiting)  # nothing is looked at that is not finite
+            if look:
                 self.log.depth(at, out, self.run.look(state.params, batch[:LOOK]))
-            if at % every.eval_every == 0 and at < every.steps:
+            if evaluate and at < every.steps:
                 self.log.evaluation(at, self._heldout(state))
             if at % self.config.checkpoint.every == 0:
                 self._save(state, waiting)

@@ -41,7 +41,9 @@ class MetricLog:
         self._bar = _progress(self._console)
         total = config.train.stop_after or config.train.steps
         self._task = self._bar.add_task(folder.name, total=total, completed=start, said="")
-        self._began = self._last = time.perf_counter()
+        spent = [row["seconds"] for row in kept if row["kind"] == "train"]
+        self._last = time.perf_counter()
+        self._began = self._last - (spent[-1] if spent else 0.0)  # the clock goes on where it was
         self._last_step = start
 
     def __enter__(self):

@@ -118,5 +118,5 @@ def check_finite(step: int, out: Updated, names: Sequence[str]) -> None:
         where = f"the gradient of {bad[0]} is the first that is not" if bad else "all gradients are"
         raise NonFinite(
             f"step {step}: loss {float(out.loss)} is not finite; {where}. Nothing after the last "
-            "checkpoint is kept: continue from it with a lower optim.lr in a new folder, or more warm-up"
+            "checkpoint is kept: train in a new --workdir with a lower optim.lr or more optim.warmup"
         )

@@ -22,7 +22,7 @@ def claim(workdir: Path, config: Config) -> None:
     if (workdir / CONFIG).is_file():
         held = configs.to_flat(load_config(workdir))
         for key in wanted:
-            if held[key] != wanted[key] and key not in (*BOOKKEEPING, "train.stop_after"):
+            if held[key] != wanted[key] and key not in BOOKKEEPING:
                 raise RunError(
                     f"{workdir} holds a run with {key} = {held[key]!r}, not {wanted[key]!r}: "
                     "take another --workdir, or train with the config it was made with"
