@@ -81,8 +81,13 @@ def _train_arguments(parser):
 
 def _train(args):
     config = configs.load(args.config, args.overrides)
+    from attnres_jax.parallel import processes
+    from attnres_jax.train import compiled
     from attnres_jax.train.loop import train
 
+    processes.join()
+    if config.train.compile_cache:
+        compiled.keep()
     train(config, args.workdir)
 
 

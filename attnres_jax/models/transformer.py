@@ -13,6 +13,7 @@ from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
+from attnres_jax.placement import Placement
 from attnres_jax.residuals import Scheme
 from attnres_jax.stack import DepthOutput, Layer, through_depth
 
@@ -97,6 +98,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         *,
         implementation: str | None = None,
+        placement: Placement | None = None,
         record: bool = False,
     ) -> Output:
         """Next-token logits. Tokens see earlier tokens of their segment; see `through_depth` for the rest."""
@@ -109,9 +111,11 @@ class Transformer(nnx.Module):
             self.embed(tokens),
             policy=REMAT[self.config.remat],
             implementation=implementation,
+            placement=placement,
             record=record,
         )
-        return Output(self._logits(self.norm(depth.h)), depth)
+        h = self.norm(depth.h)
+        return Output(self._logits(placement.enter(h) if placement else h), depth)
 
     def _logits(self, h):
         w = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]

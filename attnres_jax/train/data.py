@@ -58,11 +58,11 @@ class Windows(NamedTuple):
     mask: Bool[np.ndarray, "B T"]
 
 
-def open_corpus(corpus: str, cache_dir: str | Path | None = None) -> Corpus:
-    """The shipped novels (`austen`), cached under `cache_dir`, or a folder made by `prepare`."""
+def open_corpus(corpus: str, cache: str | Path | None = None) -> Corpus:
+    """The shipped novels (`austen`), cached under `cache`, or a folder made by `prepare`."""
     if corpus != "austen":
         return _open(Path(corpus), "make it again with attnres_jax.train.data.prepare")
-    return _open(_austen(Path(cache_dir or _cache_dir())), "delete it: the next start makes it anew")
+    return _open(_austen(Path(cache or cache_dir())), "delete it: the next start makes it anew")
 
 
 def prepare(
@@ -95,13 +95,24 @@ def prepare(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def train_batches(
-    tokens: UInt[np.ndarray, " tokens"], length: int, batch: int, seed: int
-) -> grain.MapDataset:
-    """Endless int32 [batch, length + 1]; `ds[step]` is that step's batch, whatever came before.
+class Batches:
+    """Endless training batches by step number, whatever came before; see `train_batches`."""
 
-    Each epoch holds every window once, in an order of its own.
-    """
+    def __init__(self, rows: grain.MapDataset, batch: int, length: int):
+        self._rows: Any = rows
+        self.shape = (batch, length + 1)
+
+    def rows(self, step: int, first: int, last: int) -> Int32[np.ndarray, "rows T1"]:
+        """Rows `first` to `last` of the batch of a step: a process makes only what its devices hold."""
+        start = step * self.shape[0]
+        return np.stack([self._rows[start + row] for row in range(first, last)])
+
+    def __getitem__(self, step: int) -> Int32[np.ndarray, "B T1"]:
+        return self.rows(step, 0, self.shape[0])
+
+
+def train_batches(tokens: UInt[np.ndarray, " tokens"], length: int, batch: int, seed: int) -> Batches:
+    """Batches int32 [batch, length + 1]; each epoch holds every window once, in an order of its own."""
     windows = _Windows(tokens, length)
     if len(windows) == 0:
         raise DataError(
@@ -109,7 +120,7 @@ def train_batches(
         )
     # Grain adds the epoch to the seed: unspread, seed 1 would start with seed 0's second epoch.
     spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.source(windows).shuffle(seed=spread).repeat().batch(batch)
+    return Batches(grain.MapDataset.source(windows).shuffle(seed=spread).repeat(), batch, length)
 
 
 def heldout_windows(
@@ -143,7 +154,8 @@ class _Windows:
         return self.tokens[start : start + self.length + 1].astype(np.int32)
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Where this package keeps what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres_jax"
 
 
