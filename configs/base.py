@@ -210,7 +210,7 @@ KEYS: dict[str, Key] = {
         "",
         "what a sublayer keeps for backward",
     ),
-    "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data.prepare"),
+    "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data prepare"),
     "data.length": Key(128, Whole(1), "tokens", "T, predictions per sequence"),
     "data.batch": Key(16, Whole(1), "sequences", "per update"),
     "train.steps": Key(350, Whole(1), "updates", "of the run and its schedule"),
