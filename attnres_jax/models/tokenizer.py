@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -22,6 +22,7 @@ class CannotTrain(ValueError):
     """A text that a vocabulary of this size cannot be made from; says which size could."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """`decode(encode(text)) == text`, for any text; the `end` of a document is no text."""
 
