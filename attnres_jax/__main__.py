@@ -240,7 +240,7 @@ COMMANDS = {
     "data": Command(
         *(_data, _data_arguments),
         "Turn a folder of text into tokens that a model can be trained on.",
-        "prepare --text=texts --glob='**/*.rst' --out=corpora/mine --tokenizer=bpe --vocab=8192",
+        "prepare --text=texts --glob='**/*.md' --out=corpora/mine --tokenizer=bpe",
     ),
 }
 

@@ -8,7 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-LEFT_OUT = {"head", "script", "style", "svg", "form", "button"}
+LEFT_OUT = {"head", "title", "script", "style", "svg", "form", "button"}
 LEFT_OUT_CLASSES = {"navheader", "navfooter", "toc", "nosearch"}
 PARAGRAPHS = {"p", "div", "pre", "ul", "ol", "dl", "table", "blockquote", "section", "hr"}
 PARAGRAPHS |= {"h1", "h2", "h3", "h4", "h5", "h6"}

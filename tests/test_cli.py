@@ -143,7 +143,7 @@ def test_inspect(called, quick_run, tmp_path, monkeypatch):
         ("sample --workdir=a --prompt=It --length=ten", "'ten' is not a whole number"),
         ("sample --workdir=a --prompt=It --temperature=-1", "'-1' is not a number from 0"),
         ("sample --workdir=a --prompt=It --temperature=nan", "'nan' is not a number from 0"),
-        ("data --text=a --out=b", "required: prepare"),
+        ("data --text=a --out=b", "required: action"),
         ("data fetch --text=a --out=b", "invalid choice: 'fetch'"),
         ("data prepare --text=a --out=b --heldout=nan", "'nan' is not a number between 0 and 1"),
         ("compare a b", "required: --out"),

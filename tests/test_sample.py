@@ -163,7 +163,7 @@ def test_pieces_of_words(tmp_path):
     depth, *rest = tokenizer.encode("depth mix").tolist()
     assert len(rest) < 4
     path = [depth, *rest, 1]
-    model = automaton(dict(zip(path, path[1:], strict=False)), vocab=280)
+    model = automaton(dict(pairwise(path)), vocab=280)
     assert sample(model, tokenizer, "depth", 20, KEY, 0.0, 3) == "depth mix"
 
 
