@@ -2,26 +2,31 @@
 
     python tests/bench_data.py FOLDER > docs/results/input_pipeline.md
 
-FOLDER is a corpus made by `data prepare`. One process reads, nothing else runs; the least of the
-repeats is told, their median beside it. Windows come in random order, from a file in the page cache.
+FOLDER is a corpus made by `data prepare`. One thread reads windows in random order, from a file in the
+page cache; nothing asserts the numbers.
 """
 
 import sys
 import time
-from pathlib import Path
+from datetime import UTC, datetime
+from importlib.metadata import version
 from statistics import median
 
 import bench_compile
 
-from attnres_jax.train.data import open_corpus, train_batches
+from attnres_jax.train.data import Corpus, open_corpus, train_batches
 
 SHAPES = [(length, batch) for length in (128, 1024) for batch in (16, 64)]
 TOKENS = 1 << 21  # per repeat
 REPEATS = 5
 PAGE = """# Input pipeline
 
-`python tests/bench_data.py {name}`: {processor}; {tokens:,} training tokens of {bytes} bytes each.
-Predictions per second over {read:,} tokens, {repeats} repeats.
+`python tests/bench_data.py FOLDER > docs/results/input_pipeline.md`
+
+{date:%Y-%m-%d}, {processor}, grain {grain}, commit {commit}.
+
+`train_batches` on a memory-mapped corpus ({source}: {tokens:,} training tokens of {bytes} bytes each), one thread:
+predictions per second over {read:,} of them, {repeats} repeats.
 
 | T | batch | median Mtok/s | least Mtok/s |
 |---|---|---|---|"""
@@ -39,12 +44,26 @@ def rates(tokens, length: int, batch: int) -> list[float]:
     return found
 
 
+def page(corpus: Corpus) -> str:
+    """All but the rows: what was measured, where, and of which commit."""
+    return PAGE.format(
+        date=datetime.now(UTC),
+        processor=bench_compile.processor(),
+        grain=version("grain"),
+        commit=bench_compile.commit(),
+        source=corpus.source,
+        tokens=len(corpus.train),
+        bytes=corpus.train.itemsize,
+        read=TOKENS,
+        repeats=REPEATS,
+    )
+
+
 def main(folder: str):
-    tokens = open_corpus(folder).train
-    about = {"name": Path(folder).name, "processor": bench_compile.processor(), "tokens": len(tokens)}
-    print(PAGE.format(**about, bytes=tokens.itemsize, read=TOKENS, repeats=REPEATS))
+    corpus = open_corpus(folder)
+    print(page(corpus))
     for length, batch in SHAPES:
-        found = [rate / 1e6 for rate in rates(tokens, length, batch)]
+        found = [rate / 1e6 for rate in rates(corpus.train, length, batch)]
         print(f"| {length} | {batch} | {median(found):.1f} | {min(found):.1f} |", flush=True)
 
 

@@ -290,6 +290,32 @@ def test_a_killed_process_goes_on(folder, straight):
     assert contents(folder.parent / "corpus") == straight
 
 
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    """Also where a second process, in the same draft, dies while it writes the file once more."""
+    file = tmp_path / "part"
+    prepare._write_sound(file, [b"one", b"two"])
+    with pytest.raises(Killed):
+        prepare._write_sound(file, (killed() if piece else piece for piece in (b"", b"two")))
+    assert prepare._is_sound(file)
+    assert file.read_bytes() == b"onetwo"
+
+
+def test_interrupted_by_hand(folder, straight, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "_pieces", interrupted)
+        with pytest.raises(documents.TextError, match="the same command goes on"):
+            prepare.prepare(recipe(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "texts", interrupted)  # inside sentencepiece
+        with pytest.raises(documents.TextError, match="the same command goes on"):
+            prepare.prepare(recipe(folder))
+    prepare.prepare(recipe(folder))
+    assert contents(folder.parent / "corpus") == straight
+
+
 def test_given_again(folder, straight, capsys):
     before = {file: file.stat().st_mtime_ns for file in (folder.parent / "straight").iterdir()}
     prepare.prepare(recipe(folder, out="straight"))
