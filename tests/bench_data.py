@@ -25,8 +25,8 @@ PAGE = """# Input pipeline
 
 {date:%Y-%m-%d}, {processor}, grain {grain}, commit {commit}.
 
-`train_batches` on a memory-mapped corpus ({source}: {tokens:,} training tokens of {bytes} bytes each), one thread:
-predictions per second over {read:,} of them, {repeats} repeats.
+`train_batches` on a memory-mapped corpus ({source}: {tokens:,} training tokens of {bytes} bytes), one thread,
+beside other work on the machine: predictions per second over {read:,} of them, {repeats} repeats.
 
 | T | batch | median Mtok/s | least Mtok/s |
 |---|---|---|---|"""
