@@ -238,7 +238,7 @@ KEYS: dict[str, Key] = {
     "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
     "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),
     "mesh.tensor": Key(1, Share(), "devices", "that divide heads, MLP channels, vocabulary and time"),
-    "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data.prepare"),
+    "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data prepare"),
     "data.length": Key(128, Whole(1), "tokens", "T, predictions per sequence"),
     "data.batch": Key(16, Whole(1), "sequences", "per update"),
     "train.steps": Key(350, Whole(1), "updates", "of the run and its schedule"),
