@@ -60,11 +60,11 @@ def test_bad_configs_end_in_one_line(seed):
         case 0:  # an illegal value in a file
             flat[name] = base.KEYS[name].legal.draw_illegal(rng)
             way_out = f"such as {base.KEYS[name].default!r}"
-        case 1:  # a key that does not exist, by one letter
+        case 1:  # a key that does not exist, by one letter too many
             at = rng.integers(len(name))
-            flat[name[:at] + "q" + name[at + 1 :]] = flat.pop(name)
+            flat[name[:at] + "q" + name[at:]] = flat.pop(name)
             way_out = f"did you mean {name!r}"
-            name = name[:at] + "q" + name[at + 1 :]
+            name = name[:at] + "q" + name[at:]
         case 2:  # a key forgotten
             del flat[name]
             way_out = f"such as {base.KEYS[name].default!r}"
