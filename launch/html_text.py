@@ -28,7 +28,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         """Leave its content out, or break the line before it."""
-        self.in_title |= tag == "title"
+        self.in_title |= tag == "title" and not self.title
         if self.skipped:
             self.depth += tag == self.skipped
             return

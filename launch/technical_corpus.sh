@@ -43,6 +43,11 @@ tar -xJf "$ROOT/usr/src/linux-source-6.1.tar.xz" -C "$WORK" --strip-components=1
   --exclude='*/Documentation/translations' --wildcards '*/Documentation/*'
 find "$DOC" -name '*.gz' ! -name 'changelog*' -exec gunzip {} +
 
+# Left out: indexes, and what SQLite says twice (cross references, diagrams, one-page copies, old news).
+(cd "$DOC/sqlite3" && rm -rf ./*_crossref.html requirements.html syntaxdiagrams.html syntax \
+  capi3ref.html fileformat.html releaselog)
+rm "$DOC/postgresql-doc-15/html/bookindex.html" "$ROOT"/usr/share/perl/5.36.0/pod/perl{toc,delta}.pod
+
 echo "copying what is plain text"
 copy "$WORK/Documentation" '*.rst' "$TEXT/linux" ''
 copy "$WORK/Documentation" '*.txt' "$TEXT/linux" ''
@@ -51,10 +56,6 @@ copy "$ROOT/usr/share/perl" '*.pod' "$TEXT/perl" 's/\.pod$/.txt/'
 copy "$DOC/git-doc" '*.txt' "$TEXT/git" ''
 
 echo "turning HTML into text"
-# Left out: indexes, and what SQLite says twice (cross references, diagrams, one-page copies, old news).
-(cd "$DOC/sqlite3" && rm -rf ./*_crossref.html requirements.html syntaxdiagrams.html syntax \
-  capi3ref.html fileformat.html releaselog)
-rm "$DOC/postgresql-doc-15/html/bookindex.html" "$ROOT"/usr/share/perl/5.36.0/pod/perl{toc,delta}.pod
 python3 "$HERE/html_text.py" "$DOC/sqlite3" "$TEXT/sqlite"
 python3 "$HERE/html_text.py" "$DOC/postgresql-doc-15" "$TEXT/postgresql"
 

@@ -33,6 +33,7 @@ def test_a_page_is_its_text():
 def test_the_title_comes_first_once():
     assert text_of("<title>A  title</title><p>Text</p>") == "A title\n\nText\n"
     assert text_of("<title>Text</title><p>Text</p>") == "Text\n"
+    assert text_of("<title>A</title><title>A</title><p>Text</p>") == "A\n\nText\n"
 
 
 @pytest.mark.parametrize(

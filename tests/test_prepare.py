@@ -330,7 +330,7 @@ def test_another_corpus_in_the_same_place(folder, straight, change):
     if change == "more":
         (folder / "a/new.txt").write_text("new")
     changes = change if isinstance(change, dict) else {}
-    with pytest.raises(documents.TextError, match="made of other text or with other options: delete it"):
+    with pytest.raises(documents.TextError, match="other text, or with other options or versions: delete it"):
         prepare.prepare(recipe(folder, out="straight", **changes))
     assert contents(folder.parent / "straight") == straight
 

@@ -87,7 +87,8 @@ def _check_same(out: Path, mark: str) -> None:
         ) from None
     if held != mark:
         raise TextError(
-            f"{out} was made of other text or with other options: delete it, or give another --out"
+            f"{out} was made of other text, or with other options or versions: delete it, "
+            "or give another --out"
         )
     data.open_corpus(str(out))
 
@@ -97,25 +98,36 @@ def _make(recipe: Recipe, splits: Splits, left_out: dict[str, str], draft: Path,
     tokenizer = _tokenizer(recipe, splits.train, draft)
     size = sum(document.size for split in splits for document in split)
     with Progress("encoding", size, "bytes") as progress:
-        parts = {
-            name: _encode(split, name, tokenizer, draft, progress) for name, split in splits._asdict().items()
-        }
+        parts = [
+            _encode(split, name, tokenizer, draft, progress)
+            for name, split in zip(data.SPLITS, splits, strict=True)
+        ]
     corpus = draft / f"corpus.{secrets.token_hex(8)}"
     corpus.mkdir()
-    tokens = {name: _join(files, corpus / f"{name}.bin", tokenizer) for name, files in parts.items()}
     about = {
         "source": f"{recipe.text.resolve().name}, {recipe.tokenizer} {recipe.vocab}",
-        "vocab": recipe.vocab,
-        "bytes_per_token": sum(document.size for document in splits.heldout) / tokens["heldout"]["tokens"],
-        "end": tokenizer.end,
-        "tokenizer": {"kind": recipe.tokenizer} | _copy_model(tokenizer, corpus),
-        **{name: tokens[name] | {"documents": len(split)} for name, split in splits._asdict().items()},
         "left_out": left_out,
         "fingerprint": mark,
     }
-    data.write_meta(corpus, about)
-    data.open_corpus(str(corpus))
+    data.write_meta(corpus, about | _assemble(corpus, splits, parts, tokenizer))
+    data.open_corpus(str(corpus))  # verified as every reader will
     data.publish(corpus, recipe.out)
+
+
+def _assemble(corpus: Path, splits: Splits, parts: list[list[Path]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write all but meta.json, and return what it must say of them."""
+    train, heldout = (
+        _join(files, corpus / f"{name}.bin", tokenizer) | {"documents": len(split)}
+        for name, split, files in zip(data.SPLITS, splits, parts, strict=True)
+    )
+    return {
+        "vocab": tokenizer.vocab,
+        "bytes_per_token": sum(document.size for document in splits.heldout) / heldout["tokens"],
+        "end": tokenizer.end,
+        "tokenizer": _copy_tokenizer(tokenizer, corpus),
+        "train": train,
+        "heldout": heldout,
+    }
 
 
 def _tokenizer(recipe: Recipe, train: list[Document], draft: Path) -> Tokenizer:
@@ -210,12 +222,12 @@ def _join(parts: list[Path], file: Path, tokenizer: Tokenizer) -> dict[str, Any]
     return {"tokens": size // data.token_dtype(tokenizer.vocab).itemsize, "sha256": digest.hexdigest()}
 
 
-def _copy_model(tokenizer: Tokenizer, corpus: Path) -> dict[str, Any]:
+def _copy_tokenizer(tokenizer: Tokenizer, corpus: Path) -> dict[str, Any]:
     if not isinstance(tokenizer, BPE):
-        return {}
+        return {"kind": "bytes"}
     raw = tokenizer.file.read_bytes()
     data.write(corpus / data.MODEL, raw)
-    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    return {"kind": "bpe", "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def _report(out: Path, meta: dict[str, Any]) -> None:
