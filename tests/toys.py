@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 
 from attnres_jax import residuals
+from attnres_jax.models.table import path_name
 from attnres_jax.stack import Layer, through_depth
 
 # Compile time is nearly all that a tiny test costs; LLVM's optimiser is a third of it.
@@ -149,6 +150,12 @@ def value_and_gradient(function):
         return jax.tree.map(np.asarray, {"h": h, "gradient": gradient})
 
     return evaluate
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    """Path -> leaf, in fp64."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
 
 
 def make(name: str, size: int, **options):

@@ -68,6 +68,13 @@ class ModelConfig:
         return residuals.make(self.residual, block_size=size, eps=eps)
 
 
+class Hidden(NamedTuple):
+    """What the head takes, after the final norm, and what the loop over depth returned."""
+
+    h: Float[Array, "B T D"]
+    depth: DepthOutput
+
+
 class Output(NamedTuple):
     """Logits in at least fp32, and what the loop over depth returned."""
 
@@ -100,6 +107,19 @@ class Transformer(nnx.Module):
         record: bool = False,
     ) -> Output:
         """Next-token logits. Tokens see earlier tokens of their segment; see `through_depth` for the rest."""
+        h, depth = self.hidden(tokens, segments, positions, implementation=implementation, record=record)
+        return Output(logits(h, self.unembedding), depth)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        implementation: str | None = None,
+        record: bool = False,
+    ) -> Hidden:
+        """All but the head, for a loss that never holds the logits whole."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
@@ -111,11 +131,17 @@ class Transformer(nnx.Module):
             implementation=implementation,
             record=record,
         )
-        return Output(self._logits(self.norm(depth.h)), depth)
+        return Hidden(self.norm(depth.h), depth)
 
-    def _logits(self, h):
-        w = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
-        return jnp.matmul(h, w.astype(h.dtype), preferred_element_type=compute_dtype(h.dtype))
+    @property
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The head's matrix: its own, or the embedding's transpose."""
+        return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+
+
+def logits(h: Float[Array, "B T D"], w: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """Of the columns `w` of the unembedding: products in the activations' dtype, sums in at least fp32."""
+    return jnp.matmul(h, w.astype(h.dtype), preferred_element_type=compute_dtype(h.dtype))
 
 
 def abstract(config: ModelConfig) -> Transformer:

@@ -49,6 +49,7 @@ class Corpus(NamedTuple):
     vocab: int
     bytes_per_token: float  # of the held-out text
     source: str
+    end: int | None = None  # the token that ends a document
 
 
 class Windows(NamedTuple):

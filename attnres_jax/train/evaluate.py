@@ -14,6 +14,7 @@ from rich.table import Table
 from attnres_jax.configs import Config
 from attnres_jax.train import checkpoint, workdir
 from attnres_jax.train.data import Corpus, Windows, heldout_windows, open_corpus
+from attnres_jax.train.loss import configured, document_end
 from attnres_jax.train.step import position_nats
 
 
@@ -51,6 +52,9 @@ def evaluate(
 def heldout(nats: Callable[..., Any], config: Config, corpus: Corpus, limit: int, model: Any) -> Evaluation:
     """On the first `limit` tokens (0: all), in windows of `data.length`; `nats` takes `model` first."""
     windows = heldout_windows(corpus.heldout, config.data.length, config.data.batch, limit)
+    end = document_end(config, corpus.end)
+    if end is not None:  # the first token of a document is not predicted
+        windows = (w._replace(mask=w.mask & (w.tokens[:, :-1] != end)) for w in windows)
     return evaluate(partial(nats, model), windows, corpus.bytes_per_token)
 
 
@@ -58,7 +62,9 @@ def main(folder: Path, step: int | None) -> None:
     """Evaluate a run on the whole held-out text; print, and write eval-STEP.json into its folder."""
     run = checkpoint.load_run(folder, step)
     corpus = open_corpus(run.config.data.corpus)
-    found = heldout(jax.jit(position_nats), run.config, corpus, 0, run.model)
+    predict = configured(run.config, corpus.vocab, corpus.end)
+    nats = jax.jit(partial(position_nats, predict))
+    found = heldout(nats, run.config, corpus, 0, run.model)
     path = folder / f"eval-{run.step}.json"
     workdir.write_json(path, {"step": run.step} | found._asdict())
     console = Console(highlight=False)

@@ -31,7 +31,7 @@ def train(config: Config, folder: Path) -> None:
     # 2. The text is whole.
     corpus = open_corpus(config.data.corpus)
     batches = train_batches(corpus.train, config.data.length, config.data.batch, config.seed)
-    run, model = programs(config, corpus.vocab), configs.model_config(config, corpus.vocab)
+    run, model = programs(config, corpus.vocab, corpus.end), configs.model_config(config, corpus.vocab)
     with Checkpoints(folder / workdir.CHECKPOINTS, config.checkpoint.keep) as checkpoints:
         # 3. The newest checkpoint, or the beginning.
         state = checkpoints.restore(jax.eval_shape(run.create)) or run.create()

@@ -17,10 +17,12 @@ from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
 from attnres_jax.models.table import path_name
 from attnres_jax.train import state
+from attnres_jax.train.loss import NextToken, configured, document_end, documents, objective, predictions
 from attnres_jax.train.optim import optimizer
 from attnres_jax.train.state import State
 
-Loss = Callable[[Any, Int[Array, "B T1"]], Float[Array, ""]]
+Loss = Callable[[Any, Int[Array, "B T1"]], tuple[Float[Array, ""], Any]]
+"""Of parameters and tokens: what is minimised and what is reported, parts of sums over the batch."""
 
 
 class NonFinite(configs.UserError):
@@ -49,49 +51,56 @@ class Programs(NamedTuple):
     look: Callable[[Any, Array], DepthStatistics]
 
 
-def programs(config: Config, vocab: int) -> Programs:
-    """Everything a run computes."""
+def programs(config: Config, vocab: int, end: int | None = None) -> Programs:
+    """Everything a run computes, for a corpus of `vocab` token values, of which `end` ends a document."""
+    predict, end = configured(config, vocab, end), document_end(config, end)
     model = configs.model_config(config, vocab)
     table = parameters(model)
     tx = optimizer(config, table)
 
-    def loss(params, tokens):
-        return jnp.mean(token_nats(state.merge(model, params), tokens))
-
     def step(now, tokens):
-        value, gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
+        count = predictions(tokens, end)  # of the whole batch: microbatches may hold unequal numbers
+
+        def loss(params, tokens):
+            return objective(predict(state.merge(model, params), tokens), count, config.optim.z_loss)
+
+        (_, value), gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
         return _updated(tx, now, value, gradient, model.kinds)
 
     return Programs(
         tuple(parameter.path for parameter in table),
         jax.jit(partial(state.create, model, tx, config.seed)),
         jax.jit(step, donate_argnums=0),
-        jax.jit(lambda params, *windows: position_nats(state.merge(model, params), *windows)),
-        jax.jit(lambda params, tokens: look(state.merge(model, params), tokens)),
+        jax.jit(lambda params, *windows: position_nats(predict, state.merge(model, params), *windows)),
+        jax.jit(lambda params, tokens: look(state.merge(model, params), tokens, end)),
     )
 
 
-def token_nats(model: Any, tokens: Int[Array, "B T1"]) -> Float[Array, "B T"]:
-    """Cross-entropy of each next token."""
-    logits = model(tokens[:, :-1]).logits
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-
-
-def position_nats(model: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]) -> Float[Array, " T"]:
+def position_nats(
+    predict: Callable[[Any, Array], NextToken],
+    model: Any,
+    tokens: Int[Array, "B T1"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, " T"]:
     """Sum over a batch of the cross-entropy at each position."""
-    return jnp.sum(jnp.where(mask, token_nats(model, tokens), 0), 0)
+    return jnp.sum(jnp.where(mask, predict(model, tokens).nats, 0), 0)
 
 
-def look(model: Any, tokens: Int[Array, "B T1"]) -> DepthStatistics:
+def look(model: Any, tokens: Int[Array, "B T1"], end: int | None = None) -> DepthStatistics:
     """Statistics over depth of a recorded forward pass."""
-    return depth_statistics(model(tokens[:, :-1], record=True).depth.record)
+    inputs = tokens[:, :-1]
+    seen = () if end is None else documents(inputs, end)
+    return depth_statistics(model.hidden(inputs, *seen, record=True).depth.record)
 
 
 def accumulated(
     loss: Loss, params: Any, tokens: Int[Array, "B T1"], microbatches: int
-) -> tuple[Float[Array, ""], Any]:
-    """Loss and gradient of the batch, computed in equal microbatches one after the other."""
-    function = jax.value_and_grad(loss)
+) -> tuple[tuple[Float[Array, ""], Any], Any]:
+    """Loss and gradient of the batch, added up over equal microbatches one after the other.
+
+    Each takes every `microbatches`-th row: rows spread over devices are spread in each of them alike.
+    """
+    function = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return function(params, tokens)
 
@@ -99,8 +108,8 @@ def accumulated(
         return jax.tree.map(jnp.add, total, function(params, tokens)), None
 
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, tokens))
-    total, _ = jax.lax.scan(add, zero, tokens.reshape(microbatches, -1, tokens.shape[1]))
-    return jax.tree.map(lambda leaf: leaf / microbatches, total)
+    parts = tokens.reshape(-1, microbatches, tokens.shape[1]).swapaxes(0, 1)
+    return jax.lax.scan(add, zero, parts)[0]
 
 
 def _updated(tx, now, loss, gradient, kinds):
