@@ -110,17 +110,22 @@ def test_accumulation_is_one_batch(tiny):
 
 
 def test_update_reports_its_gradient(tiny):
-    """Loss and norms against a plain value_and_grad; the step is counted."""
-    config = tiny()
-    run, tokens = step.programs(config, VOCAB), np.tile(np.arange(13, dtype=np.int32), (4, 1))
+    """Loss and norms against a plain value_and_grad of what the config asks for, written out; z-loss is
+    not in the loss that is reported. The step is counted."""
+    config, end = tiny(optim__z_loss=0.1, data__segments=True), 4
+    run, tokens = step.programs(config, VOCAB, end), np.tile(np.arange(13, dtype=np.int32), (4, 1))
+    seen = [jnp.asarray(np.tile(row, (4, 1))) for row in ([0] * 5 + [1] * 7, [*range(5), *range(7)])]
     state = run.create()
 
     def loss(params):
         model = step.state.merge(configs.model_config(config, VOCAB), params)
-        log_p = jax.nn.log_softmax(model(jnp.asarray(tokens[:, :-1])).logits)
-        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
+        logits = model(jnp.asarray(tokens[:, :-1]), *seen).logits
+        keep, log_z = np.arange(12) != end, jax.nn.logsumexp(logits, -1)
+        nats = log_z - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        nats = jnp.mean(nats[:, keep])
+        return nats + 0.1 * jnp.mean(log_z[:, keep] ** 2), nats
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    (_, value), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
     after, out = run.update(state, tokens)
     np.testing.assert_allclose(out.loss, value, rtol=1e-6)
     norms = {name: np.linalg.norm(leaf) for name, leaf in toys.named(gradient).items()}
