@@ -226,6 +226,18 @@ def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path):
     check_same_run(tmp_path / "run", whole, tiny())
 
 
+@pytest.mark.slow
+def test_other_choices_stop_and_resume_bit_for_bit(tiny, tmp_path):
+    """Muon's state too is saved whole."""
+    changes = {"optim__name": "muon", "optim__schedule": "wsd", "optim__decay": 1}
+    changes["train__vocab_chunks"] = VOCAB
+    for stops in ((STEPS,), (2, STEPS)):
+        for stop in stops:
+            config = tiny(**changes, optim__z_loss=1e-3, train__accumulation=2, train__stop_after=stop)
+            loop.train(config, tmp_path / str(len(stops)))
+    check_same_run(tmp_path / "2", tmp_path / "1", tiny(**changes))
+
+
 def test_the_clock_goes_on(whole, tiny, tmp_path):
     """Time of a resumed run counts what was spent before."""
     loop.train(tiny(train__stop_after=2), tmp_path / "run")

@@ -35,7 +35,7 @@ class Parameter(NamedTuple):
     group: str
     decay: bool
     inputs: str
-    """The axes that a matrix sums over; "" where the leaf is no matrix of a linear map."""
+    """Those of the layer's own axes, its first, that a matrix sums over; "" where the leaf is no matrix."""
 
 
 def parameter_table(model: nnx.Module) -> list[Parameter]:

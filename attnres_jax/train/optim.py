@@ -8,7 +8,7 @@ updates for its start at zero, as Nadam does; Moonlight does not. After 50 updat
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,15 +44,17 @@ def optimizer(config: Config, table: Sequence[Parameter]) -> optax.GradientTrans
     decays = _by_path({parameter.path: parameter.decay for parameter in table})
     update = _adamw(config, decays)
     if config.optim.name == "muon":
-        both = {"muon": _muon(config, table, decays), "adamw": update}
+        muon = _muon(config, table, decays)
+        both: dict[Hashable, optax.GradientTransformation] = {"muon": muon, "adamw": update}
         update = optax.partition(both, _by_path(names))
     return optax.chain(optax.clip_by_global_norm(config.optim.clip), update)
 
 
 def dimension_numbers(parameter: Parameter) -> MuonDimensionNumbers:
-    """Inputs and outputs of a stack of matrices; the axis of the stack is neither."""
-    axes = [(at, axis in parameter.inputs) for at, axis in enumerate(parameter.axes) if axis != "L"]
-    inputs, outputs = (tuple(at for at, is_in in axes if is_in == want) for want in (True, False))
+    """Axes of the inputs and of the outputs of a matrix; that of the stack, which comes first, is neither."""
+    first = len(parameter.axes) - len(parameter.axes.removeprefix("L"))
+    cut = first + len(parameter.inputs)
+    inputs, outputs = tuple(range(first, cut)), tuple(range(cut, len(parameter.axes)))
     if not (inputs and outputs):
         raise ValueError(
             f"the parameter {parameter.path} is to go to Muon, but its axes {parameter.axes} are not "
