@@ -1,4 +1,4 @@
-"""The command line: `python -m attnres_jax train|eval|sample|compare|inspect`.
+"""The command line: `python -m attnres_jax train|eval|sample|compare|inspect|data`.
 
 Each command imports what it needs when it runs, so that help and mistakes are answered at once. A
 mistake of the user's ends in one line and exit code 2; another exception is a bug, shown whole.
@@ -81,8 +81,13 @@ def _train_arguments(parser):
 
 def _train(args):
     config = configs.load(args.config, args.overrides)
+    from attnres_jax.parallel import processes
+    from attnres_jax.train import compiled
     from attnres_jax.train.loop import train
 
+    processes.join()
+    if config.train.compile_cache:
+        compiled.keep()
     train(config, args.workdir)
 
 
@@ -112,10 +117,12 @@ def _sample(args):
 
     from attnres_jax.models.sample import CannotSample, sample
     from attnres_jax.train.checkpoint import load_run
+    from attnres_jax.train.data import open_corpus
 
     run, key = load_run(args.workdir, args.step), jax.random.key(args.seed)
+    tokenizer, window = open_corpus(run.config.data.corpus).tokenizer, run.config.data.length
     try:
-        print(sample(run.model, args.prompt, args.length, key, args.temperature, run.config.data.length))
+        print(sample(run.model, tokenizer, args.prompt, args.length, key, args.temperature, window))
     except CannotSample as error:
         raise UsageError(str(error)) from None
 
@@ -151,6 +158,30 @@ def _inspect(args):
     inspect.report(configs.model_config(config, vocab), config.data.length)
 
 
+def _data_arguments(parser):
+    add = parser.add_argument
+    add("action", choices=("prepare",), help="prepare: make a corpus, or go on where it was stopped")
+    add("--text", required=True, type=Path, metavar="DIR", help="folder of text files, UTF-8")
+    text = "which of them, may be given again (default **/*.txt)"
+    add("--glob", action="append", metavar="PATTERN", help=text)
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to make, for data.corpus")
+    text = "bytes, or byte pairs by sentencepiece (default bytes)"
+    add("--tokenizer", choices=("bytes", "bpe"), default="bytes", help=text)
+    add("--vocab", type=_whole, metavar="N", help="token values of bpe (default 8192)")
+    text = "fraction of the files, chosen by a hash of their paths (default 0.01)"
+    add("--heldout", type=_fraction, default=0.01, metavar="X", help=text)
+
+
+def _data(args):
+    if args.vocab is not None and args.tokenizer == "bytes":
+        raise UsageError("--vocab is for --tokenizer=bpe: bytes have 256 values")
+    from attnres_jax.train.prepare import Recipe, prepare
+
+    vocab = 256 if args.tokenizer == "bytes" else args.vocab or 8192
+    globs = tuple(args.glob or ("**/*.txt",))
+    prepare(Recipe(args.text, globs, args.out, args.tokenizer, vocab, args.heldout))
+
+
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0, such as 100")
@@ -158,13 +189,24 @@ def _whole(text: str) -> int:
 
 
 def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _real(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0, such as 0.8")
     return value
+
+
+def _fraction(text: str) -> float:
+    value = _real(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.01")
+    return value
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")  # within no limits
 
 
 class Command(NamedTuple):
@@ -199,6 +241,11 @@ COMMANDS = {
         *(_inspect, _inspect_arguments),
         "Parameters, FLOPs and bytes per token, and what AttnRes adds.",
         "--config=lm:d12,block8",
+    ),
+    "data": Command(
+        *(_data, _data_arguments),
+        "Turn a folder of text into tokens that a model can be trained on.",
+        "prepare --text=texts --glob='**/*.md' --out=corpora/mine --tokenizer=bpe",
     ),
 }
 

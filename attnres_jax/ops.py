@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from attnres_jax import depth
 from attnres_jax.depth import Partial, Rows
+from attnres_jax.placement import Placement
 
 IMPLEMENTATIONS = ("reference",)
 
@@ -34,10 +37,20 @@ def depth_mix(
     *,
     eps: float,
     implementation: str | None = None,
+    placement: Placement | None = None,
 ) -> Partial:
     """Phase 1: S reads at once over completed summaries; mixture [S, ..., D], lse [S, ...]."""
     choose(implementation)
-    return depth.partial_mix(w, sources, eps)
+
+    @jax.named_scope("depth_mix")
+    def mix(w, sources):
+        return depth.partial_mix(w, sources, eps)
+
+    if placement is None:
+        return mix(w, sources)
+    rows = PartitionSpec(None, *placement.spec)
+    specs = jax.tree.map(lambda leaf: rows if jax.numpy.ndim(leaf) else PartitionSpec(), sources)
+    return placement.local(mix, w, (sources,), (specs,), rows)
 
 
 def depth_merge(
@@ -48,7 +61,17 @@ def depth_merge(
     *,
     eps: float,
     implementation: str | None = None,
+    placement: Placement | None = None,
 ) -> Float[Array, "*tokens D"]:
     """Phase 2: Phase 1 of one read, merged with the running sum. `mask` = -inf hides an empty sum."""
     choose(implementation)
-    return depth.merge(done, Partial(stream, depth.scores(w, stream, eps) + mask)).mixture
+
+    @jax.named_scope("depth_merge")
+    def merge(w, done, stream, mask):
+        return depth.merge(done, Partial(stream, depth.scores(w, stream, eps) + mask)).mixture
+
+    if placement is None:
+        return merge(w, done, stream, mask)
+    spec = placement.spec
+    specs = (spec, spec, PartitionSpec())
+    return placement.local(merge, w, (done, stream, mask), specs, spec)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from attnres_jax.autodiff import append_scan, reverse_only
 from attnres_jax.depth import Rows
+from attnres_jax.placement import Placement
 from attnres_jax.residuals.base import Mix, PyTree, Read, Scheme
 
 policies = jax.checkpoint_policies
@@ -121,6 +122,7 @@ def through_depth(
     *,
     policy: Callable[..., Any] | None = None,
     implementation: str | None = None,
+    placement: Placement | None = None,
     record: bool = False,
 ) -> DepthOutput:
     """Run the sublayers that `kinds` spells (one letter each) over `x`, mixed over depth by `scheme`.
@@ -129,6 +131,7 @@ def through_depth(
       policy: what a sublayer keeps for the backward pass, of `jax.checkpoint_policies`; None keeps nothing.
       implementation: of the ops (`ops.choose`). "reference" is also literal here: one phase, unrolled,
         no checkpoint, plain autodiff, so that forward mode, higher orders and fp64 work.
+      placement: where activations lie on a mesh; reads then run on each device's own tokens.
       record: also return `Record`; literal and unrolled, for analysis.
 
     Raises:
@@ -136,12 +139,22 @@ def through_depth(
     """
     _check_layers(kinds, layers)
     _check_mix(scheme, mix, len(kinds), x)
-    scheme = replace(scheme, implementation=implementation)
+    scheme = replace(scheme, implementation=implementation, placement=placement)
+    if placement:
+        x, layers = placement.leave(x), {k: _placed(layer, placement) for k, layer in layers.items()}
     if record or implementation == "reference":
         return _literal(scheme.literal(), mix, kinds, layers, x, record)
     shares = {k: (layer.params, layer.inputs) for k, layer in layers.items() if k in kinds}
     mix, shares, x = reverse_only((mix, shares, x))
     return _scanned(scheme, mix, kinds, layers, shares, x, policy or policies.nothing_saveable)
+
+
+def _placed(layer, placement):
+    def apply(params, x, inputs):
+        y, aux = layer.apply(params, placement.enter(x), inputs)
+        return placement.leave(y), aux
+
+    return layer._replace(apply=apply)
 
 
 def _literal(scheme, mix, kinds, layers, x, record):

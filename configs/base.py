@@ -63,6 +63,31 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The size of a mesh axis: a whole number from 1, or -1 for the devices that the others leave."""
+
+    def __str__(self) -> str:
+        return "a whole number from 1, or -1 for what the other mesh axes leave"
+
+    def parse(self, text: str) -> int:
+        """The number written as `text`."""
+        return int(text)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether `value` is a size or -1."""
+        return isinstance(value, int) and (value == -1 or Whole(1).accepts(value))
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """One of two that fit any number of devices, together with others of that kind."""
+        return int(rng.choice([-1, 1]))
+
+    def draw_illegal(self, rng: np.random.Generator) -> Any:
+        """A value, or a text in its place, that is no size."""
+        bad = [0, -2, 1.5, -1.0, "all", "", True, None, [1]]
+        return bad[rng.integers(len(bad))]
+
+
+@dataclass(frozen=True)
 class Real:
     """Finite numbers from `low` to `high`, either end left out where `above` or `below` says so."""
 
@@ -185,7 +210,7 @@ class Key(NamedTuple):
     """What KEYS knows of one config key."""
 
     default: Any
-    legal: Whole | Real | Choice | Flag | Text
+    legal: Whole | Share | Real | Choice | Flag | Text
     unit: str
     doc: str
 
@@ -210,7 +235,10 @@ KEYS: dict[str, Key] = {
         "",
         "what a sublayer keeps for backward",
     ),
-    "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data.prepare"),
+    "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
+    "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),
+    "mesh.tensor": Key(1, Share(), "devices", "that divide heads, MLP channels, vocabulary and time"),
+    "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data prepare"),
     "data.length": Key(128, Whole(1), "tokens", "T, predictions per sequence"),
     "data.batch": Key(16, Whole(1), "sequences", "per update"),
     "data.segments": Key(
@@ -226,6 +254,7 @@ KEYS: dict[str, Key] = {
     "train.depth_every": Key(50, Whole(1), "updates", "between rows of statistics over depth"),
     "train.eval_every": Key(350, Whole(1), "updates", "between evaluations on held-out text"),
     "train.eval_tokens": Key(65536, Whole(0), "tokens", "held out, per evaluation; 0 takes all"),
+    "train.compile_cache": Key(True, Flag(), "", "whether the next start finds programs compiled"),
     "optim.name": Key(
         "adamw", Choice(("adamw", "muon")), "", "muon: matrices of sublayers in Muon, the rest in AdamW"
     ),
@@ -243,6 +272,9 @@ KEYS: dict[str, Key] = {
     "optim.z_loss": Key(0.0, Real(0), "", "times the mean of (log Z)^2, added to what is minimised"),
     "checkpoint.every": Key(350, Whole(1), "updates", "between checkpoints"),
     "checkpoint.keep": Key(2, Whole(1), "checkpoints", "kept, the newest ones"),
+    "checkpoint.keep_every": Key(0, Whole(0), "updates", "between checkpoints kept for good; 0: none"),
+    "profile.first": Key(0, Whole(0), "updates", "first in the profiler's trace; 0 traces nothing"),
+    "profile.last": Key(0, Whole(0), "updates", "last in the profiler's trace"),
 }
 
 
@@ -281,6 +313,15 @@ def _after_warmup(c: Mapping[str, Any]) -> int:
     return c["train.steps"] - c["optim.warmup"]
 
 
+def _one_rest(key: str, *others: str) -> Rule:
+    return Rule(
+        key,
+        holds=lambda c: c[key] != -1 or all(c[other] != -1 for other in others),
+        need=lambda c: "a number: only one mesh axis may be -1, for what the others leave",
+        legal=lambda c: 1,
+    )
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "block_size",
@@ -291,8 +332,16 @@ RULES: tuple[Rule, ...] = (
     _divides("model.heads", "model.width", " that leaves heads of even width (RoPE)", factor=2),
     _divides("model.kv_heads", "model.heads"),
     _divides("train.accumulation", "data.batch"),
+    _one_rest("mesh.fsdp", "mesh.data"),
+    _one_rest("mesh.tensor", "mesh.data", "mesh.fsdp"),
     _at_most_steps("train.stop_after"),
     _at_most_steps("optim.warmup"),
+    Rule(
+        "profile.last",
+        holds=lambda c: c["profile.last"] >= c["profile.first"],
+        need=lambda c: f"at least profile.first = {c['profile.first']}",
+        legal=lambda c: c["profile.first"],
+    ),
     Rule(
         "optim.decay",
         holds=lambda c: c["optim.schedule"] != "wsd" or c["optim.decay"] <= _after_warmup(c),

@@ -4,7 +4,7 @@ Command   python -m attnres_jax train --config=lm:d12,block8 --workdir=runs/d12
           (block8: S = 8 sublayers; or plain, full), with --config.data.corpus=DIR
 Hardware  one accelerator, bf16 activations over fp32 parameters
 Time      not measured: no accelerator was at hand
-Expect    not measured either (austen, 3.6 MB, is too small: bring a corpus made by train/data.py)
+Expect    not measured either (austen, 3.6 MB, is too small: bring a corpus made by data prepare)
 """
 
 import re

@@ -87,15 +87,20 @@ def processor() -> str:
     return f"{names[0]}, {len(names)} cores"
 
 
+def commit() -> str:
+    """Of this checkout; "dirty" where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def page() -> str:
     """All but the rows: what was measured, where, and of which commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return PAGE.format(
         date=datetime.now(UTC),
         device=processor(),
         jax=jax.__version__,
         python=platform.python_version(),
-        commit=subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
+        commit=commit(),
         width=WIDTH,
         time=TIME,
         batch=BATCH,

@@ -16,9 +16,10 @@ from attnres_jax import __main__, configs
 from attnres_jax.analysis import inspect
 from attnres_jax.configs.base import KEYS
 from attnres_jax.models import sample
+from attnres_jax.models.tokenizer import Bytes
 from attnres_jax.train import checkpoint, data, evaluate, loop, runs
 
-COMMANDS = ("train", "eval", "sample", "compare", "inspect")
+COMMANDS = ("train", "eval", "sample", "compare", "inspect", "data")
 
 
 @pytest.fixture
@@ -84,13 +85,15 @@ def test_eval(called):
     assert [call.args for call in main.call_args_list] == [(Path("a"), None), (Path("a"), 30)]
 
 
-def test_sample(called, capsys, quick_run):
+def test_sample(called, capsys, quick_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load = called(checkpoint, "load_run", quick_run)
     draw = called(sample, "sample", "It was.")
     words = ["--prompt=It", "--length=5", "--seed=3", "--temperature=0.5"]
     assert __main__.main(["sample", "--workdir=a", *words]) == 0
     assert load.call_args.args == (Path("a"), None)
-    model, prompt, length, key, temperature, window = draw.call_args.args
+    model, tokenizer, prompt, length, key, temperature, window = draw.call_args.args
+    assert tokenizer == Bytes(end=None)
     assert (model, prompt, length) == (quick_run.model, "It", 5)
     assert (temperature, window) == (0.5, 128)
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(3)))
@@ -140,6 +143,9 @@ def test_inspect(called, quick_run, tmp_path, monkeypatch):
         ("sample --workdir=a --prompt=It --length=ten", "'ten' is not a whole number"),
         ("sample --workdir=a --prompt=It --temperature=-1", "'-1' is not a number from 0"),
         ("sample --workdir=a --prompt=It --temperature=nan", "'nan' is not a number from 0"),
+        ("data --text=a --out=b", "required: action"),
+        ("data fetch --text=a --out=b", "invalid choice: 'fetch'"),
+        ("data prepare --text=a --out=b --heldout=nan", "'nan' is not a number between 0 and 1"),
         ("compare a b", "required: --out"),
         ("compare --out=c", "required: DIR"),
     ],

@@ -32,7 +32,7 @@ def small(tmp_path):
 
 
 def test_novels_are_whole(austen):
-    assert (austen.vocab, austen.bytes_per_token) == (256, 1.0)
+    assert (austen.vocab, austen.bytes_per_token, austen.end) == (256, 1.0, None)
     assert isinstance(austen.train, np.memmap)
     assert isinstance(austen.heldout, np.memmap)
     assert austen.heldout.tobytes() == novel("persuasion")
@@ -226,9 +226,9 @@ def killed(function, *args):
     if len(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     function(*args)
-write, publish = data._write, data._publish
-data._write = lambda *args: killed(write, *args)
-data._publish = lambda *args: killed(publish, *args)
+write, publish = data.write, data.publish
+data.write = lambda *args: killed(write, *args)
+data.publish = lambda *args: killed(publish, *args)
 data.open_corpus("austen", sys.argv[1])
 """
 
@@ -245,13 +245,13 @@ def test_a_killed_process_leaves_no_trap(tmp_path, call):
 
 def test_two_starts_at_once(tmp_path, monkeypatch):
     """Both have written all their files before either renames."""
-    both, publish, found = threading.Barrier(2), data._publish, []
+    both, publish, found = threading.Barrier(2), data.publish, []
 
     def together(*args):
         both.wait(timeout=30)
         publish(*args)
 
-    monkeypatch.setattr(data, "_publish", together)
+    monkeypatch.setattr(data, "publish", together)
     starts = [
         threading.Thread(target=lambda: found.append(data.open_corpus("austen", tmp_path))) for _ in range(2)
     ]

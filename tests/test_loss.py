@@ -28,10 +28,10 @@ class Bigram(NamedTuple):
     embedding: Any
     unembedding: Any
 
-    def hidden(self, tokens, *segments):
+    def hidden(self, tokens, *segments, placement=None):
         return Hidden(jnp.tanh(self.embedding[tokens]), None)
 
-    def __call__(self, tokens, *segments):
+    def __call__(self, tokens, *segments, placement=None):
         return Output(logits(self.hidden(tokens).h, self.unembedding), None)
 
 

@@ -1,6 +1,7 @@
 """README.md is true: its code runs and learns, its commands are understood, its files exist."""
 
 import ast
+import os
 import re
 import runpy
 import shlex
@@ -146,6 +147,8 @@ def test_commands_are_understood(line):
         args = __main__._parse(words[3:])
         if getattr(args, "config", None):
             configs.load(args.config, args.overrides)
+    elif words[0].startswith("launch/"):
+        assert os.access(ROOT / words[0], os.X_OK)
     elif words[0] == "tensorboard":
         assert any(name.startswith("tensorboard>") for name in PROJECT["dependencies"])
     else:

@@ -14,6 +14,7 @@ import toys
 from flax import nnx
 
 from attnres_jax.models.sample import CannotSample, sample
+from attnres_jax.models.tokenizer import BPE, Bytes, train_bpe
 from attnres_jax.models.transformer import ModelConfig, abstract
 
 CONFIG = ModelConfig(
@@ -28,13 +29,14 @@ CONFIG = ModelConfig(
 )
 KEY = jax.random.key(7)
 LETTERS = string.ascii_lowercase
+BYTES = Bytes()
 
 
-def writer(alphabet: str, spread=1.0):
+def writer(alphabet: str, spread=1.0, vocab=256):
     """A random model that writes only letters of `alphabet`: width 0 of the stream is one positive
     number for all bytes, which no sublayer changes; by it the head keeps other bytes away."""
     rng = np.random.default_rng(1)
-    graph, params = nnx.split(abstract(CONFIG))
+    graph, params = nnx.split(abstract(replace(CONFIG, vocab=vocab)))
     params = jax.tree.map(lambda a: jnp.asarray(toys.draw(rng, a.shape, 0.5), a.dtype), params)
     model, letters = nnx.merge(graph, params), np.array(list(alphabet.encode()), "int32")
     for constant in (model.layers["a"].out.kernel, model.layers["m"].down.kernel):
@@ -46,13 +48,13 @@ def writer(alphabet: str, spread=1.0):
     return model
 
 
-def automaton(follows: dict[int, int]):
-    """A model whose every sublayer is zero: byte `a` is followed by byte `follows[a]`."""
-    model = writer("")
+def automaton(follows: dict[int, int], vocab=256):
+    """A model whose every sublayer is zero: token `a` is followed by token `follows[a]`."""
+    model = writer("", vocab=vocab)
     for kind, name in (("a", "out"), ("m", "down")):
         kernel = getattr(model.layers[kind], name).kernel
         kernel[...] = 0 * kernel[...]
-    embedding, head = np.zeros((256, 16), "float32"), np.zeros((16, 256), "float32")
+    embedding, head = np.zeros((vocab, 16), "float32"), np.zeros((16, vocab), "float32")
     for i, (byte, following) in enumerate(follows.items()):
         embedding[byte, i], head[i, following] = 1, 1
     model.embed.embedding[...], model.head.kernel[...] = jnp.asarray(embedding), jnp.asarray(head)
@@ -78,13 +80,13 @@ def test_greedy_takes_the_likeliest_byte_after_the_true_prefix():
     for _ in range(16):
         text.append(int(seen_by(model, text[-window:]).argmax()))
     assert len(set(text)) > 8
-    assert sample(model, "abc", 16, KEY, 0.0, window) == bytes(text).decode()
+    assert sample(model, BYTES, "abc", 16, KEY, 0.0, window) == bytes(text).decode()
 
 
 def test_the_window_is_the_last_bytes():
     model = writer(LETTERS)
     text, other, inside = (
-        sample(model, prompt, 16, KEY, 1.0, 4)[-16:] for prompt in ("xxabcd", "yabcd", "xxybcd")
+        sample(model, BYTES, prompt, 16, KEY, 1.0, 4)[-16:] for prompt in ("xxabcd", "yabcd", "xxybcd")
     )
     assert other == text
     assert inside != text
@@ -96,10 +98,10 @@ def test_the_window_is_the_last_bytes():
 def test_the_key_decides_and_padding_does_not():
     """A window far wider than the text draws what one that just holds it draws, by the same key."""
     model = writer(LETTERS)
-    text = sample(model, "abc", 12, KEY, 1.0, 15)
+    text = sample(model, BYTES, "abc", 12, KEY, 1.0, 15)
     assert len(set(text)) > 5
-    assert sample(model, "abc", 12, KEY, 1.0, 40) == text
-    assert sample(model, "abc", 12, jax.random.key(8), 1.0, 15) != text
+    assert sample(model, BYTES, "abc", 12, KEY, 1.0, 40) == text
+    assert sample(model, BYTES, "abc", 12, jax.random.key(8), 1.0, 15) != text
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -108,7 +110,7 @@ def test_draws_follow_the_models_probabilities(temperature):
     12 degrees of freedom, exceeds 40 once in 14,000 keys; another temperature is told apart."""
     letters = "abcd"
     model = writer(letters, spread=0.5)
-    text = sample(model, "a", 1500, KEY, temperature, 1)
+    text = sample(model, BYTES, "a", 1500, KEY, temperature, 1)
     assert set(text) == set(letters)
     seen = Counter(pairwise(text))
     counts = np.array([[seen[a, b] for b in letters] for a in letters])
@@ -129,7 +131,7 @@ def surprise(counts, logits):
 
 @pytest.mark.parametrize("length", [0, 5])
 def test_as_many_bytes_as_asked(length):
-    text = sample(writer(LETTERS), "né", length, KEY, 1.0, 4)
+    text = sample(writer(LETTERS), BYTES, "né", length, KEY, 1.0, 4)
     assert text.startswith("né")
     assert len(text.encode()) == 3 + length
 
@@ -137,21 +139,44 @@ def test_as_many_bytes_as_asked(length):
 def test_bytes_of_a_letter_are_drawn_one_by_one():
     """a -> é, two bytes, -> a ...; the last letter is cut in half, and marked."""
     model = automaton({ord("a"): 0xC3, 0xC3: 0xA9, 0xA9: ord("a")})
-    assert sample(model, "a", 4, KEY, 0.0, 3) == "aéa\N{REPLACEMENT CHARACTER}"
+    assert sample(model, BYTES, "a", 4, KEY, 0.0, 3) == "aéa\N{REPLACEMENT CHARACTER}"
 
 
 def test_bytes_that_are_no_text_are_marked():
     """In the prompt, where the shell's byte 0xFF is a lone surrogate, or drawn by the model."""
     model = automaton({0xFF: ord("b"), ord("b"): 0xFF})
     marked = "\N{REPLACEMENT CHARACTER}"
-    assert sample(model, "\udcff", 3, KEY, 0.0, 3) == f"{marked}b{marked}b"
+    assert sample(model, BYTES, "\udcff", 3, KEY, 0.0, 3) == f"{marked}b{marked}b"
+
+
+def test_the_end_of_a_document_ends_the_text():
+    """a -> b -> end; without ends of documents, byte 0 is a byte as any other."""
+    model = automaton({ord("a"): ord("b"), ord("b"): 0})
+    assert sample(model, Bytes(end=0), "a", 5, KEY, 0.0, 3) == "ab"
+    assert sample(model, BYTES, "a", 2, KEY, 0.0, 3) == "ab\0"
+
+
+def test_pieces_of_words(tmp_path):
+    """The prompt in pieces, and the pieces that the model draws, as one text."""
+    (tmp_path / "model").write_bytes(train_bpe(["depth mixing, depth"] * 9, 280))
+    tokenizer = BPE(tmp_path / "model", 280, end=1)
+    depth, *rest = tokenizer.encode("depth mix").tolist()
+    assert len(rest) < 4
+    path = [depth, *rest, 1]
+    model = automaton(dict(pairwise(path)), vocab=280)
+    assert sample(model, tokenizer, "depth", 20, KEY, 0.0, 3) == "depth mix"
 
 
 @pytest.mark.parametrize(
-    ("vocab", "prompt", "message"), [(256, "", "prompt is empty"), (300, "It", "300 token values")]
+    ("vocab", "tokenizer", "prompt", "message"),
+    [
+        (256, BYTES, "", "prompt is empty"),
+        (300, BYTES, "It", "300 token values, its corpus now 256"),
+        (50, None, "It", "no tokenizer"),
+    ],
 )
-def test_what_cannot_be_sampled_says_so_in_a_line(vocab, prompt, message):
+def test_what_cannot_be_sampled_says_so_in_a_line(vocab, tokenizer, prompt, message):
     model = abstract(replace(CONFIG, vocab=vocab))
     with pytest.raises(CannotSample, match=message) as error:
-        sample(model, prompt, 3, KEY, 1.0, 8)
+        sample(model, tokenizer, prompt, 3, KEY, 1.0, 8)
     assert "\n" not in str(error.value)

@@ -96,9 +96,10 @@ def test_evaluation_and_statistics_see_documents():
     """Of a run with chunks and documents: held-out loss over what counts, depth statistics as apart."""
     config = config_of(data__segments=True, train__vocab_chunks=2)
     text = np.random.default_rng(0).integers(0, 6, 100, np.uint8)
-    run, corpus = step.programs(config, VOCAB, END), Corpus(text, text[:60], VOCAB, 2.0, "test", END)
+    corpus = Corpus(text, text[:60], VOCAB, 2.0, "test", END, None)
+    run = step.programs(config, VOCAB, end=END)
     params = toys.parameters(MODEL)
-    found = evaluate.heldout(run.nats, config, corpus, 0, params)
+    found = evaluate.heldout(partial(run.nats, params), config, corpus, 0, run.place)
 
     rows = np.stack([np.pad(text[:60][at : at + 9], (0, max(0, at + 9 - 60))) for at in range(0, 59, 8)])
     each = nats(params, rows.astype(np.int32), end=END).ravel()[:59]

@@ -113,7 +113,7 @@ def test_update_reports_its_gradient(tiny):
     """Loss and norms against a plain value_and_grad of what the config asks for, written out; z-loss is
     not in the loss that is reported. The step is counted."""
     config, end = tiny(optim__z_loss=0.1, data__segments=True), 4
-    run, tokens = step.programs(config, VOCAB, end), np.tile(np.arange(13, dtype=np.int32), (4, 1))
+    run, tokens = step.programs(config, VOCAB, end=end), np.tile(np.arange(13, dtype=np.int32), (4, 1))
     seen = [jnp.asarray(np.tile(row, (4, 1))) for row in ([0] * 5 + [1] * 7, [*range(5), *range(7)])]
     state = run.create()
 

@@ -22,7 +22,8 @@ from attnres_jax.analysis.figures import Series
 SCHEME_KEYS = ("residual", "block_size", "key_norm_eps")
 BOOKKEEPING = (
     *(f"train.{key}_every" for key in ("log", "depth", "eval")),
-    *("checkpoint.every", "checkpoint.keep", "train.stop_after"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "train.stop_after"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "profile.first", "profile.last", "train.compile_cache"),
 )
 """Keys that change what is written down, never what is trained or measured."""
 

@@ -13,6 +13,7 @@ from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
+from attnres_jax.placement import Placement
 from attnres_jax.residuals import Scheme
 from attnres_jax.stack import DepthOutput, Layer, through_depth
 
@@ -104,10 +105,12 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         *,
         implementation: str | None = None,
+        placement: Placement | None = None,
         record: bool = False,
     ) -> Output:
         """Next-token logits. Tokens see earlier tokens of their segment; see `through_depth` for the rest."""
-        h, depth = self.hidden(tokens, segments, positions, implementation=implementation, record=record)
+        options: dict[str, Any] = {"implementation": implementation, "placement": placement, "record": record}
+        h, depth = self.hidden(tokens, segments, positions, **options)
         return Output(logits(h, self.unembedding), depth)
 
     def hidden(
@@ -117,6 +120,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         *,
         implementation: str | None = None,
+        placement: Placement | None = None,
         record: bool = False,
     ) -> Hidden:
         """All but the head, for a loss that never holds the logits whole."""
@@ -129,9 +133,11 @@ class Transformer(nnx.Module):
             self.embed(tokens),
             policy=REMAT[self.config.remat],
             implementation=implementation,
+            placement=placement,
             record=record,
         )
-        return Hidden(self.norm(depth.h), depth)
+        h = self.norm(depth.h)
+        return Hidden(placement.enter(h) if placement else h, depth)
 
     @property
     def unembedding(self) -> Float[Array, "D V"]:

@@ -90,7 +90,7 @@ class AttnRes(Scheme):
 
     @property
     def _how(self):
-        return {"eps": self.eps, "implementation": self.implementation}
+        return {"eps": self.eps, "implementation": self.implementation, "placement": self.placement}
 
 
 def _weight(mix, history):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnres_jax.depth import Rows
+from attnres_jax.placement import Placement
 from attnres_jax.schedule import BlockSchedule
 
 PyTree = Any
@@ -50,9 +51,10 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """The protocol; `implementation` names the op implementation (`ops.choose`)."""
+    """The protocol; `implementation` names the op implementation (`ops.choose`), `placement` its devices."""
 
     implementation: str | None = None
+    placement: Placement | None = None
     append_only: ClassVar[bool] = False
     """History is a tuple of `Rows`, to which `close` appends the stream and nothing else changes."""
 

@@ -1,8 +1,15 @@
-"""Checkpoints of a run, in its folder `checkpoints/STEP`. All of Orbax stays behind this file."""
+"""Checkpoints of a run, in its folder `checkpoints/STEP`. All of Orbax stays behind this file.
 
-from collections.abc import Sequence
+A checkpoint is written under another name, checksummed and renamed: it is whole or absent. One that is
+damaged later is reported and put aside as `damaged-STEP-1`, and the one before is taken.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -11,13 +18,14 @@ from flax import nnx
 from attnres_jax import configs
 from attnres_jax.configs import Config
 from attnres_jax.models.transformer import Transformer, abstract
-from attnres_jax.train import state, workdir
+from attnres_jax.parallel import processes
+from attnres_jax.train import checksums, state, workdir
 from attnres_jax.train.data import open_corpus
 from attnres_jax.train.state import State
 
 
 class LoadedRun(NamedTuple):
-    """A model as it was after `step` updates."""
+    """A model as it was after `step` updates, on the first device."""
 
     config: Config
     model: Transformer
@@ -25,17 +33,34 @@ class LoadedRun(NamedTuple):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints; saving goes on in the background until the block is left."""
+    """The newest `keep` checkpoints and every `keep_every`-th step (0: none).
 
-    def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    Saving goes on in the background until the block is left; a `RunError` says which save failed and why.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0):
+        self._folder = folder.absolute()
+        if processes.first():
+            _put_damaged_aside(self._folder)
+        processes.meet("checkpoints are whole")
+        # Orbax logs a failure with its traceback and raises it again: it is told once.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_renaming),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, failed, *_):
+        if failed is None:
+            self._told(self._manager.close)
+        else:  # what is being written may still be finished; a second failure would hide the first
+            self._told(self._manager.close, raises=False)
 
     def save(self, now: State) -> None:
         """Copy the state at once, write it in the background; a step that is there already stays."""
@@ -43,30 +68,77 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {"params": now.params, "optimizer": now.opt_state}
-        saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
+        saves = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
+        self._told(lambda: self._manager.save(step, args=saves, force=True))
 
     def restore(self, like: State) -> State | None:
-        """The newest state, of the shapes of `like`; None where nothing is saved."""
+        """The newest state, of the shapes and on the devices of `like`; None where nothing is saved."""
         step = self._manager.latest_step()
         if step is None:
             return None
         items = {"params": like.params, "optimizer": like.opt_state}
         loads = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**loads))
-        return State(jax.numpy.int32(step), found["params"], found["optimizer"])
+        return State(
+            jax.device_put(jax.numpy.int32(step), like.step.sharding), found["params"], found["optimizer"]
+        )
+
+    def _before_renaming(self):
+        if processes.first():
+            for draft in self._folder.glob("*.orbax-checkpoint-tmp*"):  # saves come one by one
+                checksums.write(draft)
+
+    def _told(self, do: Callable[[], Any], raises: bool = True) -> None:
+        """Run `do`; what fails in it is a checkpoint that could not be written."""
+        try:
+            do()
+        except (OSError, ValueError) as error:
+            if raises:
+                raise workdir.RunError(_unwritten(self._folder, str(error))) from None
 
 
 def load_run(folder: Path, step: int | None = None) -> LoadedRun:
     """The model of a run after `step` updates (None: the newest); `RunError` where there is none."""
     config = workdir.load_config(folder)
     model = configs.model_config(config, open_corpus(config.data.corpus).vocab)
-    saved = folder / workdir.CHECKPOINTS
-    step = _choose(folder, step, ocp.utils.checkpoint_steps(saved) if saved.is_dir() else [])
-    like = nnx.to_pure_dict(nnx.state(abstract(model)))
+    saved = folder.absolute() / workdir.CHECKPOINTS
+    step = _choose(folder, step, _steps(saved))
+    if damage := checksums.damage(saved / str(step)):
+        raise workdir.RunError(f"the checkpoint of step {step} in {folder} is damaged: {damage}")
+    like = _on_first_device(nnx.to_pure_dict(nnx.state(abstract(model))))
     with ocp.StandardCheckpointer() as reader:
-        params = reader.restore(saved.absolute() / str(step) / "params", like)
+        params = reader.restore(saved / str(step) / "params", like)
     return LoadedRun(config, state.merge(model, params), step)
+
+
+def _put_damaged_aside(folder: Path) -> None:
+    for step in sorted(_steps(folder), reverse=True):
+        damage = checksums.damage(folder / str(step))
+        if damage is None:
+            return
+        names = (folder / f"damaged-{step}-{n}" for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        print(f"{folder / str(step)} is damaged ({damage}): put aside as {aside.name}", file=sys.stderr)
+        (folder / str(step)).rename(aside)
+
+
+def _steps(saved: Path) -> list[int]:
+    return ocp.utils.checkpoint_steps(saved) if saved.is_dir() else []
+
+
+def _on_first_device(tree):
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+
+def _unwritten(folder, error):
+    kept = [s for s in _steps(folder) if checksums.damage(folder / str(s)) is None]
+    why = "no space is left on the disk" if "No space left" in error else error
+    last = f"the last good one is of step {max(kept)}" if kept else "there is none yet"
+    return (
+        f"a checkpoint could not be written ({why}); {last}. "
+        f"Make room for {folder}: the same command goes on from there"
+    )
 
 
 def _choose(folder: Path, step: int | None, steps: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """Tokens on disk, and batches by step number.
 
-A corpus is a folder: `train.bin` and `heldout.bin`, raw little-endian tokens, and `meta.json` with
-their sizes and checksums. It is written under another name and renamed, so it is whole or absent;
-it is verified whenever it is opened, then memory-mapped.
+A corpus is a folder: `train.bin` and `heldout.bin`, raw little-endian tokens, `tokenizer.model` where
+there is one, and `meta.json` with their sizes and checksums. It is written under another name and
+renamed, so it is whole or absent; it is verified whenever it is opened, then memory-mapped.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Integer, UInt
 
 from attnres_jax.configs.base import UserError
+from attnres_jax.models.tokenizer import BPE, Bytes, Tokenizer
 
 AUSTEN = Path(__file__).parent / "austen"
 TRAIN_NOVELS = (
@@ -34,7 +35,8 @@ TRAIN_NOVELS = (
 )
 HELDOUT_NOVELS = ("persuasion",)
 SPLITS = ("train", "heldout")
-FORMAT = 1
+MODEL = "tokenizer.model"
+FORMAT = 2
 
 
 class DataError(UserError):
@@ -47,9 +49,10 @@ class Corpus(NamedTuple):
     train: UInt[np.ndarray, " train"]
     heldout: UInt[np.ndarray, " heldout"]
     vocab: int
-    bytes_per_token: float  # of the held-out text
+    bytes_per_token: float  # of the held-out text; ends of documents are tokens, and no bytes
     source: str
-    end: int | None = None  # the token that ends a document
+    end: int | None  # the token after a document; None where documents follow without one
+    tokenizer: Tokenizer | None  # None where the tokens are no text
 
 
 class Windows(NamedTuple):
@@ -59,11 +62,11 @@ class Windows(NamedTuple):
     mask: Bool[np.ndarray, "B T"]
 
 
-def open_corpus(corpus: str, cache_dir: str | Path | None = None) -> Corpus:
-    """The shipped novels (`austen`), cached under `cache_dir`, or a folder made by `prepare`."""
+def open_corpus(corpus: str, cache: str | Path | None = None) -> Corpus:
+    """The shipped novels (`austen`), cached under `cache`, or a folder made by `data prepare`."""
     if corpus != "austen":
-        return _open(Path(corpus), "make it again with attnres_jax.train.data.prepare")
-    return _open(_austen(Path(cache_dir or _cache_dir())), "delete it: the next start makes it anew")
+        return _open(Path(corpus), "make it again with data prepare")
+    return _open(_austen(Path(cache or cache_dir())), "delete it: the next start makes it anew")
 
 
 def prepare(
@@ -74,35 +77,96 @@ def prepare(
     vocab: int,
     source: str,
     bytes_per_token: float = 1.0,
+    bytewise: bool = False,
 ) -> None:
-    """Write a corpus folder in one step; FileExistsError if there is one already."""
+    """Write tokens as a corpus folder, in one step; FileExistsError if there is one already.
+
+    `bytewise`: the tokens are the bytes of a text. `train.prepare` makes a corpus from files.
+    """
     folder = Path(folder)
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     draft.mkdir(parents=True)
     try:
         meta = {
-            "format": FORMAT,
             "source": source,
             "vocab": vocab,
-            "dtype": _dtype(vocab).str,
             "bytes_per_token": bytes_per_token,
+            "end": None,
+            "tokenizer": {"kind": "bytes"} if bytewise else None,
             "train": _write_tokens(draft / "train.bin", train, vocab),
             "heldout": _write_tokens(draft / "heldout.bin", heldout, vocab),
         }
-        text = json.dumps({"meta": meta, "sha256": _meta_sha256(meta)}, indent=1)
-        _write(draft / "meta.json", text.encode())
-        _publish(draft, folder)
+        write_meta(draft, meta)
+        publish(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def train_batches(
-    tokens: UInt[np.ndarray, " tokens"], length: int, batch: int, seed: int
-) -> grain.MapDataset:
-    """Endless int32 [batch, length + 1]; `ds[step]` is that step's batch, whatever came before.
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """The last file of a corpus: what the others are, under a checksum of its own."""
+    meta = {"format": FORMAT, "dtype": token_dtype(meta["vocab"]).str} | meta
+    text = json.dumps({"meta": meta, "sha256": _meta_sha256(meta)}, indent=1)
+    write(folder / "meta.json", text.encode())
 
-    Each epoch holds every window once, in an order of its own.
-    """
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `write_meta` wrote; DataError where that is not there or not whole."""
+    file = folder / "meta.json"
+    if not file.is_file():
+        raise DataError(f"{file.name} is missing")
+    try:
+        content = json.loads(file.read_bytes())
+        meta, found = content["meta"], content["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file.name} cannot be read") from None
+    if _meta_sha256(meta) != found:
+        raise DataError(f"{file.name} does not match its own checksum")
+    if meta["format"] != FORMAT:
+        raise DataError(f"its format is {meta['format']}, this version reads {FORMAT}")
+    return meta
+
+
+def token_dtype(vocab: int) -> np.dtype:
+    """The narrowest little-endian unsigned type for tokens below `vocab`."""
+    return np.min_scalar_type(vocab - 1).newbyteorder("<")
+
+
+def write(file: Path, raw: bytes) -> None:
+    """Write and wait for the disk."""
+    with file.open("wb") as out:
+        out.write(raw)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Rename a finished draft; FileExistsError if another was quicker."""
+    try:
+        draft.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        raise FileExistsError(error.errno, "a corpus is there already", str(folder)) from None
+
+
+class Batches:
+    """Endless training batches by step number, whatever came before; see `train_batches`."""
+
+    def __init__(self, rows: grain.MapDataset, batch: int, length: int):
+        self._rows: Any = rows
+        self.shape = (batch, length + 1)
+
+    def rows(self, step: int, first: int, last: int) -> Int32[np.ndarray, "rows T1"]:
+        """Rows `first` to `last` of the batch of a step: a process makes only what its devices hold."""
+        start = step * self.shape[0]
+        return np.stack([self._rows[start + row] for row in range(first, last)])
+
+    def __getitem__(self, step: int) -> Int32[np.ndarray, "B T1"]:
+        return self.rows(step, 0, self.shape[0])
+
+
+def train_batches(tokens: UInt[np.ndarray, " tokens"], length: int, batch: int, seed: int) -> Batches:
+    """Batches int32 [batch, length + 1]; each epoch holds every window once, in an order of its own."""
     windows = _Windows(tokens, length)
     if len(windows) == 0:
         raise DataError(
@@ -110,7 +174,7 @@ def train_batches(
         )
     # Grain adds the epoch to the seed: unspread, seed 1 would start with seed 0's second epoch.
     spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.source(windows).shuffle(seed=spread).repeat().batch(batch)
+    return Batches(grain.MapDataset.source(windows).shuffle(seed=spread).repeat(), batch, length)
 
 
 def heldout_windows(
@@ -144,7 +208,8 @@ class _Windows:
         return self.tokens[start : start + self.length + 1].astype(np.int32)
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Where this package keeps what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres_jax"
 
 
@@ -158,7 +223,8 @@ def _austen(cache: Path) -> Path:
         train, heldout = (np.frombuffer(b"\n\n\n".join(parts), np.uint8) for parts in texts)
         try:
             with contextlib.suppress(FileExistsError):  # another process was quicker, with the same
-                prepare(folder, train, heldout, vocab=256, source="Jane Austen, six novels, bytes")
+                source = "Jane Austen, six novels, bytes"
+                prepare(folder, train, heldout, vocab=256, source=source, bytewise=True)
         except OSError as error:
             raise DataError(
                 f"cannot write the token cache {folder} ({error.strerror}): "
@@ -181,34 +247,13 @@ def _text(name: str, packed: bytes) -> bytes:
         raise DataError(f"{AUSTEN / name}.txt.xz is damaged ({error}): install attnres-jax again") from error
 
 
-def _dtype(vocab: int) -> np.dtype:
-    """The narrowest little-endian unsigned type for tokens below `vocab`."""
-    return np.min_scalar_type(vocab - 1).newbyteorder("<")
-
-
 def _write_tokens(file: Path, tokens: np.ndarray, vocab: int) -> dict[str, Any]:
     whole = np.issubdtype(tokens.dtype, np.integer)
     if not whole or len(tokens) < 2 or tokens.min() < 0 or tokens.max() >= vocab:
         raise DataError(f"{file.stem}: expected 2 or more whole numbers from 0 to {vocab - 1}")
-    raw = tokens.astype(_dtype(vocab)).tobytes()
-    _write(file, raw)
+    raw = tokens.astype(token_dtype(vocab)).tobytes()
+    write(file, raw)
     return {"tokens": len(tokens), "sha256": hashlib.sha256(raw).hexdigest()}
-
-
-def _write(file: Path, raw: bytes) -> None:
-    with file.open("wb") as out:
-        out.write(raw)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    try:
-        draft.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        raise FileExistsError(error.errno, "a corpus is there already", str(folder)) from None
 
 
 def _meta_sha256(meta: dict[str, Any]) -> str:
@@ -219,38 +264,40 @@ def _open(folder: Path, fix: str) -> Corpus:
     if not folder.is_dir():
         raise DataError(
             f"corpus {str(folder)!r}: no such folder; legal: austen, or a folder made by "
-            "attnres_jax.train.data.prepare"
+            "python -m attnres_jax data prepare"
         )
     try:
-        meta = _meta(folder / "meta.json")
+        meta = read_meta(folder)
+        tokenizer = _tokenizer(folder / MODEL, meta)
         train, heldout = (_tokens(folder / f"{name}.bin", meta, meta[name]) for name in SPLITS)
     except DataError as error:
         raise DataError(f"corpus {str(folder)!r} is damaged: {error}; {fix}") from None
-    return Corpus(train, heldout, meta["vocab"], meta["bytes_per_token"], meta["source"])
-
-
-def _meta(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise DataError(f"{file.name} is missing")
-    try:
-        content = json.loads(file.read_bytes())
-        meta, found = content["meta"], content["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file.name} cannot be read") from None
-    if _meta_sha256(meta) != found:
-        raise DataError(f"{file.name} does not match its own checksum")
-    if meta["format"] != FORMAT:
-        raise DataError(f"its format is {meta['format']}, this version reads {FORMAT}")
-    return meta
+    return Corpus(
+        *(train, heldout, meta["vocab"], meta["bytes_per_token"]),
+        *(meta["source"], meta["end"], tokenizer),
+    )
 
 
 def _tokens(file: Path, meta: dict[str, Any], split: dict[str, Any]) -> np.ndarray:
     dtype = np.dtype(meta["dtype"])
-    expected = split["tokens"] * dtype.itemsize
+    _verify(file, split["tokens"] * dtype.itemsize, split["sha256"])
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _tokenizer(file: Path, meta: dict[str, Any]) -> Tokenizer | None:
+    match meta["tokenizer"]:
+        case {"kind": "bpe", "bytes": size, "sha256": sha256}:
+            _verify(file, size, sha256)
+            return BPE(file, meta["vocab"], meta["end"])
+        case {"kind": "bytes"}:
+            return Bytes(meta["end"])
+    return None
+
+
+def _verify(file: Path, expected: int, sha256: str) -> None:
     size = file.stat().st_size if file.is_file() else 0
     if size != expected:
         raise DataError(f"{file.name} has {size} bytes, not {expected}")
     with file.open("rb") as raw:
-        if hashlib.file_digest(raw, "sha256").hexdigest() != split["sha256"]:
+        if hashlib.file_digest(raw, "sha256").hexdigest() != sha256:
             raise DataError(f"{file.name} does not match its checksum in meta.json")
-    return np.memmap(file, dtype=dtype, mode="r")

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
 from attnres_jax.configs import Config
+from attnres_jax.parallel.mesh import from_rows, make_mesh
 from attnres_jax.train import checkpoint, workdir
 from attnres_jax.train.data import Corpus, Windows, heldout_windows, open_corpus
 from attnres_jax.train.loss import configured, document_end
@@ -49,22 +51,28 @@ def evaluate(
     )
 
 
-def heldout(nats: Callable[..., Any], config: Config, corpus: Corpus, limit: int, model: Any) -> Evaluation:
-    """On the first `limit` tokens (0: all), in windows of `data.length`; `nats` takes `model` first."""
+def heldout(
+    nats: Callable[[Any, Any], Any], config: Config, corpus: Corpus, limit: int, place: NamedSharding
+) -> Evaluation:
+    """On the first `limit` tokens (0: all), in windows of `data.length`, which lie as `place` says."""
     windows = heldout_windows(corpus.heldout, config.data.length, config.data.batch, limit)
     end = document_end(config, corpus.end)
     if end is not None:  # the first token of a document is not predicted
         windows = (w._replace(mask=w.mask & (w.tokens[:, :-1] != end)) for w in windows)
-    return evaluate(partial(nats, model), windows, corpus.bytes_per_token)
+
+    def placed(tokens, mask):
+        return nats(*(from_rows(place, a.shape, lambda i, j, a=a: a[i:j]) for a in (tokens, mask)))
+
+    return evaluate(placed, windows, corpus.bytes_per_token)
 
 
 def main(folder: Path, step: int | None) -> None:
     """Evaluate a run on the whole held-out text; print, and write eval-STEP.json into its folder."""
     run = checkpoint.load_run(folder, step)
     corpus = open_corpus(run.config.data.corpus)
-    predict = configured(run.config, corpus.vocab, corpus.end)
-    nats = jax.jit(partial(position_nats, predict))
-    found = heldout(nats, run.config, corpus, 0, run.model)
+    place = NamedSharding(make_mesh({"data": 1}, jax.local_devices()[:1]), PartitionSpec())
+    nats = jax.jit(partial(position_nats, configured(run.config, corpus.vocab, corpus.end)))
+    found = heldout(partial(nats, run.model), run.config, corpus, 0, place)
     path = folder / f"eval-{run.step}.json"
     workdir.write_json(path, {"step": run.step} | found._asdict())
     console = Console(highlight=False)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnres_jax.axes import compute_dtype
 from attnres_jax.configs import Config, UserError
 from attnres_jax.models.transformer import logits
+from attnres_jax.placement import Placement
 
 
 class NextToken(NamedTuple):
@@ -26,7 +27,9 @@ class NextToken(NamedTuple):
     """Whether it counts."""
 
 
-def configured(config: Config, vocab: int, end: int | None) -> Callable[[Any, Array], NextToken]:
+def configured(
+    config: Config, vocab: int, end: int | None, place: Placement | None = None
+) -> Callable[[Any, Array], NextToken]:
     """`next_token` as `config` asks for it; raises `UserError` where this corpus does not allow it.
 
     `end` is the corpus's end token, None where it has none.
@@ -39,7 +42,7 @@ def configured(config: Config, vocab: int, end: int | None) -> Callable[[Any, Ar
             f"train.vocab_chunks = {chunks} must be a divisor of the corpus's vocabulary of {vocab}, "
             f"such as {' or '.join(map(str, near))}"
         )
-    return partial(next_token, chunks=chunks, end=document_end(config, end))
+    return partial(next_token, chunks=chunks, end=document_end(config, end), place=place)
 
 
 def document_end(config: Config, end: int | None) -> int | None:
@@ -53,7 +56,12 @@ def document_end(config: Config, end: int | None) -> int | None:
 
 
 def next_token(
-    model: Any, tokens: Int[Array, "B T1"], *, chunks: int = 1, end: int | None = None
+    model: Any,
+    tokens: Int[Array, "B T1"],
+    *,
+    chunks: int = 1,
+    end: int | None = None,
+    place: Placement | None = None,
 ) -> NextToken:
     """Cross-entropy of each next token; with an `end`, of each within its document, which sees no other.
 
@@ -64,10 +72,10 @@ def next_token(
     seen = () if end is None else documents(inputs, end)
     mask = counted(tokens, end)
     if chunks == 1:
-        whole = model(inputs, *seen).logits
+        whole = model(inputs, *seen, placement=place).logits
         nats = optax.softmax_cross_entropy_with_integer_labels(whole, targets)
         return NextToken(nats, jax.nn.logsumexp(whole, -1), mask)
-    hidden = model.hidden(inputs, *seen).h
+    hidden = model.hidden(inputs, *seen, placement=place).h
     log_z, target = _chunked(hidden, model.unembedding, targets, chunks)
     return NextToken(log_z - target, log_z, mask)
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import stages
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from attnres_jax import configs
@@ -16,11 +18,17 @@ from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gra
 from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
 from attnres_jax.models.table import path_name
+from attnres_jax.models.transformer import ModelConfig
+from attnres_jax.parallel import sharding
+from attnres_jax.parallel.mesh import make_mesh, placement
+from attnres_jax.parallel.mesh import tokens as token_sharding
 from attnres_jax.train import state
 from attnres_jax.train.loss import NextToken, configured, document_end, documents, objective, predictions
 from attnres_jax.train.optim import optimizer
 from attnres_jax.train.state import State
 
+LOOK = 4
+"""Sequences of a batch that the statistics over depth are taken on."""
 Loss = Callable[[Any, Int[Array, "B T1"]], tuple[Float[Array, ""], Any]]
 """Of parameters and tokens: what is minimised and what is reported, parts of sums over the batch."""
 
@@ -41,22 +49,39 @@ class Updated(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted functions of one config; `update` takes over the memory of the state it is given."""
+    """Jitted functions of one config on one mesh; `update` takes over the memory of the state it is given."""
 
+    model: ModelConfig
+    mesh: Mesh
     names: tuple[str, ...]
     """Paths of the parameters, in order of the forward pass."""
+    place: NamedSharding
+    """Of tokens and masks [B, ...]."""
+    like: State
+    """Shapes and places of a state."""
     create: Callable[[], State]
     update: stages.Wrapped  # (State, tokens) -> (State, Updated)
     nats: Callable[[Any, Array, Array], Array]
     look: Callable[[Any, Array], DepthStatistics]
 
 
-def programs(config: Config, vocab: int, end: int | None = None) -> Programs:
-    """Everything a run computes, for a corpus of `vocab` token values, of which `end` ends a document."""
-    predict, end = configured(config, vocab, end), document_end(config, end)
-    model = configs.model_config(config, vocab)
-    table = parameters(model)
+def programs(
+    config: Config, vocab: int, devices: Sequence[Any] | None = None, end: int | None = None
+) -> Programs:
+    """Everything a run computes, on `devices` (None: all there are); the token `end` ends a document.
+
+    Raises:
+      UserError: where mesh and model, or chunks or documents and corpus, do not fit together.
+    """
+    model, mesh = configs.model_config(config, vocab), make_mesh(config.mesh.to_dict(), devices)
+    table, place, whole = parameters(model), placement(mesh), NamedSharding(mesh, P())
+    sharding.check(table, mesh, config.data.batch // config.train.accumulation, config.data.length)
     tx = optimizer(config, table)
+    create = partial(state.create, model, tx, config.seed)
+    places = sharding.shardings(jax.eval_shape(create), table, mesh)
+    batch = token_sharding(mesh)
+
+    predict, end = configured(config, vocab, end, place), document_end(config, end)
 
     def step(now, tokens):
         count = predictions(tokens, end)  # of the whole batch: microbatches may hold unequal numbers
@@ -67,12 +92,20 @@ def programs(config: Config, vocab: int, end: int | None = None) -> Programs:
         (_, value), gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
         return _updated(tx, now, value, gradient, model.kinds)
 
+    def nats(params, tokens, mask):
+        return position_nats(predict, state.merge(model, params), tokens, mask)
+
     return Programs(
-        tuple(parameter.path for parameter in table),
-        jax.jit(partial(state.create, model, tx, config.seed)),
-        jax.jit(step, donate_argnums=0),
-        jax.jit(lambda params, *windows: position_nats(predict, state.merge(model, params), *windows)),
-        jax.jit(lambda params, tokens: look(state.merge(model, params), tokens, end)),
+        *(model, mesh, tuple(parameter.path for parameter in table), batch),
+        sharding.placed(jax.eval_shape(create), places),
+        jax.jit(create, out_shardings=places),
+        jax.jit(step, in_shardings=(places, batch), out_shardings=(places, whole), donate_argnums=0),
+        jax.jit(nats, in_shardings=(places.params, batch, batch), out_shardings=whole),
+        jax.jit(
+            lambda params, tokens: look(state.merge(model, params), tokens, end),
+            in_shardings=(places.params, batch),
+            out_shardings=whole,
+        ),
     )
 
 
@@ -87,8 +120,8 @@ def position_nats(
 
 
 def look(model: Any, tokens: Int[Array, "B T1"], end: int | None = None) -> DepthStatistics:
-    """Statistics over depth of a recorded forward pass."""
-    inputs = tokens[:, :-1]
+    """Statistics over depth of a recorded forward pass on the first `LOOK` sequences."""
+    inputs = tokens[:LOOK, :-1]
     seen = () if end is None else documents(inputs, end)
     return depth_statistics(model.hidden(inputs, *seen, record=True).depth.record)
 

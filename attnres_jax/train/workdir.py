@@ -1,4 +1,7 @@
-"""The folder of a run: config.json, metrics.jsonl, eval.json, checkpoints/, tensorboard/."""
+"""The folder of a run: config.json, metrics.jsonl, eval.json, checkpoints/, tensorboard/, profile/.
+
+With several processes all must see the same folder; the first one writes, but for checkpoints and traces.
+"""
 
 import json
 from pathlib import Path
@@ -7,9 +10,10 @@ from typing import Any
 from attnres_jax import configs
 from attnres_jax.analysis.compare import BOOKKEEPING
 from attnres_jax.configs import Config
+from attnres_jax.parallel import processes
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "eval.json"
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
 
 
 class RunError(configs.UserError):
@@ -29,7 +33,8 @@ def claim(workdir: Path, config: Config) -> None:
                 )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / CONFIG, wanted)
+        if processes.first():
+            write_json(workdir / CONFIG, wanted)
     except OSError as error:
         raise RunError(f"{workdir} cannot be written ({error.strerror}): take another --workdir") from None
 

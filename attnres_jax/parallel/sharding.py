@@ -1,0 +1,78 @@
+"""Where parameters and optimizer state lie on the mesh, from the one table of parameters.
+
+Matrices, embedding and head are cut by the letters of their axes (style of `axes.py`); the vectors of norms
+and of AttnRes are on every device, for they are small and every token needs them whole.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attnres_jax.configs import ConfigError
+from attnres_jax.models.table import Parameter, path_name
+from attnres_jax.parallel.mesh import BATCH, divisors
+
+PLACES = {"V": "tensor", "H": "tensor", "F": "tensor", "D": "fsdp"}
+CUT = ("matrix", "embedding", "head")
+
+
+def spec(parameter: Parameter) -> P:
+    """Of one parameter: a mesh axis or None for each of its axes; the axis of stacked layers is whole."""
+    return P(*(PLACES.get(axis) for axis in parameter.axes)) if parameter.group in CUT else P()
+
+
+def shardings(tree, table: Iterable[Parameter], mesh: Mesh):
+    """For every leaf of `tree` (parameters, gradients, optimizer state) its sharding.
+
+    A leaf is placed as the parameter whose path its own ends with; scalars are on every device.
+
+    Raises:
+      ValueError: for an array that no parameter's path ends.
+    """
+    specs = {parameter.path: spec(parameter) for parameter in table}
+
+    def place(path, leaf):
+        name = path_name(path)
+        found = [known for known in specs if name == known or name.endswith(f"/{known}")]
+        if found:
+            return NamedSharding(mesh, specs[max(found, key=len)])
+        if leaf.size == 1:
+            return NamedSharding(mesh, P())
+        raise ValueError(f"no parameter of models/table.py says where {name} {leaf.shape} lies")
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def placed(tree, places):
+    """Shapes and dtypes of `tree`, with the shardings `places`: what a restore is given."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places
+    )
+
+
+def check(table: Sequence[Parameter], mesh: Mesh, batch: int, length: int) -> None:
+    """Raise `ConfigError` where a mesh axis does not divide what it cuts, with sizes that would fit.
+
+    `batch` are the sequences of one microbatch, `length` its predictions a sequence.
+    """
+    _divides(mesh, BATCH, [("sequences of a microbatch", batch)])
+    _divides(mesh, ("tensor",), [("tokens of data.length", length), *_cut(table, "tensor")])
+    _divides(mesh, ("fsdp",), list(_cut(table, "fsdp")))
+
+
+def _cut(table, mesh_axis):
+    for parameter in table:
+        for axis, size, place in zip(parameter.axes, parameter.shape, spec(parameter), strict=False):
+            if place == mesh_axis:
+                yield f"{axis} of {parameter.path}", size
+
+
+def _divides(mesh, axes, lengths):
+    size, name = math.prod(mesh.shape[axis] for axis in axes), " x ".join(f"mesh.{axis}" for axis in axes)
+    for what, length in lengths:
+        if length % size:
+            fit = ", ".join(map(str, divisors(math.gcd(*(n for _, n in lengths)))))
+            raise ConfigError(f"{name} = {size} does not divide the {length} {what}: it may be {fit}")

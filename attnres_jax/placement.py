@@ -1,0 +1,43 @@
+"""Where activations lie on a device mesh, and how an op runs there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`spec` says where B and T of activations [B,T,D] lie on `mesh`; D is whole: no read communicates."""
+
+    mesh: Mesh
+    spec: PartitionSpec
+
+    def enter(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """As a sublayer takes it: T whole, so that its matrices stay where they are (tensor parallel)."""
+        return self._inside(self._between(x))  # both, so that cotangents go the same way back
+
+    def leave(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """As it lies between sublayers (sequence parallel)."""
+        return self._between(self._inside(y))
+
+    def _between(self, x):
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec))
+
+    def _inside(self, x):
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.spec[0])))
+
+    def local(self, op: Callable[..., Any], w: Array, args: tuple, specs: tuple, out_specs: Any) -> Any:
+        """`op(w, *args)`, each device on its own tokens; the gradient of `w` is summed outside of `op`."""
+        axes = {a for axes in self.spec for a in (axes if isinstance(axes, tuple) else (axes,))}
+
+        def run(w, *args):
+            return op(lax.pcast(w, tuple(axes), to="varying"), *args)
+
+        specs = (PartitionSpec(), *specs)
+        mapped = jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=axes)
+        return mapped(w, *args)

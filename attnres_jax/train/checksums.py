@@ -1,0 +1,49 @@
+"""Checksums of a checkpoint's files: written into its folder before that gets its name, read before use."""
+
+import hashlib
+import json
+from pathlib import Path
+
+NAME = "checksums.json"
+LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""What Orbax writes after the checksums; their ends say whether they are whole."""
+
+
+def write(folder: Path) -> None:
+    """Size and SHA-256 of every file below `folder`, into its checksums.json."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NAME, *LATE)]
+    found = {str(file.relative_to(folder)): _describe(file) for file in files}
+    (folder / NAME).write_text(json.dumps(found, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the checkpoint `folder`, in words; None where every file is as it was written."""
+    try:
+        wanted = json.loads((folder / NAME).read_text())
+        found = (_differs(folder / name, written) for name, written in wanted.items())
+        return next((words for words in found if words), None) or _late_damage(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{NAME} cannot be read ({error})"
+
+
+def _differs(file, written):
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != written["bytes"]:
+        return f"{file.name} has {file.stat().st_size} bytes, not {written['bytes']}"
+    return None if _describe(file) == written else f"{file.name} does not match its checksum"
+
+
+def _late_damage(folder):
+    metadata, committed = (folder / name for name in LATE)
+    if not metadata.is_file() or not metadata.read_bytes().endswith(b"}"):
+        return f"{metadata.name} is cut off"
+    if committed.is_file() and not committed.read_text().endswith(f"/{folder.name}"):
+        return f"{committed.name} is cut off"
+    return None
+
+
+def _describe(file):
+    with file.open("rb") as raw:
+        digest = hashlib.file_digest(raw, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
