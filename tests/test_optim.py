@@ -233,7 +233,7 @@ def paths(tree):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arrays_of_the_state_end_in_a_parameters_path(name):
-    """By which they are sharded; of Muon's, five coefficients' worth of numbers is no one's."""
+    """By which they are sharded; the rest are scalars."""
     config = tiny(optim__name=name)
     state = optim.optimizer(config, table_of(config)).init(drawn(config))
     shapes = {row.path: row.shape for row in table_of(config)}
@@ -242,7 +242,7 @@ def test_arrays_of_the_state_end_in_a_parameters_path(name):
         if owners:
             assert leaf.shape == shapes[max(owners, key=len)]
         else:
-            assert leaf.shape == () or (path.endswith("/ns_coeffs") and leaf.shape == (3,))
+            assert leaf.shape == ()
 
 
 def test_a_group_without_an_optimizer():

@@ -21,6 +21,7 @@ from attnres_jax.configs import Config
 from attnres_jax.models.table import Parameter, path_name
 
 UPDATE_RMS = 0.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Which of the two updates a group of the parameter table when optim.name is muon.
 GROUPS = {"matrix": "muon", "embedding": "adamw", "depth": "adamw", "norm": "adamw", "head": "adamw"}
 
@@ -74,11 +75,26 @@ def _muon(config, table, decays):
     numbers = {p.path: dimension_numbers(p) for p in table if _name(p) == "muon"}
     factors = _by_path({p.path: _factor(p, numbers[p.path]) for p in table if p.path in numbers})
     return optax.chain(
-        scale_by_muon(beta=o.momentum, weight_dimension_numbers=_by_path(numbers)),
+        _orthogonalized(o.momentum, _by_path(numbers)),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates))),
         optax.add_decayed_weights(o.weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def _orthogonalized(momentum, numbers):
+    """Optax's, but the coefficients stay out of its state: there all arrays are some parameter's."""
+    inner = scale_by_muon(NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=numbers)
+
+    def init(params):
+        return inner.init(params)._replace(ns_coeffs=())
+
+    def update(updates, now, params=None):
+        whole = now._replace(ns_coeffs=jnp.asarray(NEWTON_SCHULZ))
+        updates, after = inner.update(updates, whole, params)
+        return updates, after._replace(ns_coeffs=())
+
+    return optax.GradientTransformation(init, update)
 
 
 def _factor(parameter, numbers):
