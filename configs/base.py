@@ -241,22 +241,35 @@ KEYS: dict[str, Key] = {
     "data.corpus": Key("austen", Text("austen"), "", "austen, or a folder made by data prepare"),
     "data.length": Key(128, Whole(1), "tokens", "T, predictions per sequence"),
     "data.batch": Key(16, Whole(1), "sequences", "per update"),
+    "data.segments": Key(
+        False, Flag(), "", "documents do not see each other; the corpus must have an end token"
+    ),
     "train.steps": Key(350, Whole(1), "updates", "of the run and its schedule"),
     "train.stop_after": Key(0, Whole(0), "updates", "stop early, same schedule; 0 runs all steps"),
     "train.accumulation": Key(1, Whole(1, span=3), "microbatches", "computed in turn, one update"),
+    "train.vocab_chunks": Key(
+        1, Whole(1, span=3), "chunks", "of the vocabulary, so that logits are never whole; must divide it"
+    ),
     "train.log_every": Key(10, Whole(1), "updates", "between rows of the training loss"),
     "train.depth_every": Key(50, Whole(1), "updates", "between rows of statistics over depth"),
     "train.eval_every": Key(350, Whole(1), "updates", "between evaluations on held-out text"),
     "train.eval_tokens": Key(65536, Whole(0), "tokens", "held out, per evaluation; 0 takes all"),
     "train.compile_cache": Key(True, Flag(), "", "whether the next start finds programs compiled"),
-    "optim.lr": Key(4e-3, Real(0, above=True), "", "peak learning rate of AdamW"),
+    "optim.name": Key(
+        "adamw", Choice(("adamw", "muon")), "", "muon: matrices of sublayers in Muon, the rest in AdamW"
+    ),
+    "optim.lr": Key(4e-3, Real(0, above=True), "", "peak learning rate, of Muon and AdamW alike"),
+    "optim.schedule": Key("cosine", Choice(("cosine", "wsd")), "", "wsd: warm-up, stable, linear decay"),
     "optim.warmup": Key(10, Whole(0), "updates", "linear rise from 0 to the peak"),
-    "optim.final_lr": Key(0.1, Real(0, 1), "fraction of lr", "where the cosine ends"),
-    "optim.b1": Key(0.9, Real(0, 1, below=True), "", "decay of the first moment"),
-    "optim.b2": Key(0.95, Real(0, 1, below=True), "", "decay of the second moment"),
+    "optim.decay": Key(70, Whole(0), "updates", "of the linear fall at the end of wsd; cosine ignores it"),
+    "optim.final_lr": Key(0.1, Real(0, 1), "fraction of lr", "where the schedule ends"),
+    "optim.momentum": Key(0.95, Real(0, 1, below=True), "", "Nesterov's, of Muon; adamw ignores it"),
+    "optim.b1": Key(0.9, Real(0, 1, below=True), "", "decay of AdamW's first moment"),
+    "optim.b2": Key(0.95, Real(0, 1, below=True), "", "decay of AdamW's second moment"),
     "optim.eps": Key(1e-8, Real(0, above=True), "", "added to the root of the second moment"),
     "optim.weight_decay": Key(0.1, Real(0), "", "decoupled, on matrices only"),
     "optim.clip": Key(1.0, Real(0, above=True), "", "largest global norm of the gradient"),
+    "optim.z_loss": Key(0.0, Real(0), "", "times the mean of (log Z)^2, added to what is minimised"),
     "checkpoint.every": Key(350, Whole(1), "updates", "between checkpoints"),
     "checkpoint.keep": Key(2, Whole(1), "checkpoints", "kept, the newest ones"),
     "checkpoint.keep_every": Key(0, Whole(0), "updates", "between checkpoints kept for good; 0: none"),
@@ -296,6 +309,10 @@ def _divides(key: str, of: str, why: str = "", factor: int = 1) -> Rule:
     )
 
 
+def _after_warmup(c: Mapping[str, Any]) -> int:
+    return c["train.steps"] - c["optim.warmup"]
+
+
 def _one_rest(key: str, *others: str) -> Rule:
     return Rule(
         key,
@@ -324,6 +341,12 @@ RULES: tuple[Rule, ...] = (
         holds=lambda c: c["profile.last"] >= c["profile.first"],
         need=lambda c: f"at least profile.first = {c['profile.first']}",
         legal=lambda c: c["profile.first"],
+    ),
+    Rule(
+        "optim.decay",
+        holds=lambda c: c["optim.schedule"] != "wsd" or c["optim.decay"] <= _after_warmup(c),
+        need=lambda c: f"at most train.steps - optim.warmup = {_after_warmup(c)}",
+        legal=_after_warmup,
     ),
 )
 

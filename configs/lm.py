@@ -30,6 +30,6 @@ def get_config(arg: str = "d12,block8") -> base.Config:
     config.data.update(length=1024, batch=64)
     config.train.update(steps=5000, log_every=10, depth_every=250, eval_every=500, eval_tokens=0)
     # 1/D through Table 2's first row (D = 896), no higher than what quick was measured with.
-    config.optim.update(lr=min(4e-3, 2.99e-3 * 896 / width), warmup=250)
+    config.optim.update(lr=min(4e-3, 2.99e-3 * 896 / width), warmup=250, decay=1000)
     config.checkpoint.update(every=500, keep=3)
     return config

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnres_jax.models.transformer import ModelConfig, Transformer
-from attnres_jax.train.step import token_nats
+from attnres_jax.train.loss import next_token
 
 BATCH, TIME, WIDTH = 2, 128, 64
 DEPTHS = (12, 48)  # transformer blocks, two sublayers each
@@ -54,7 +54,7 @@ def lower(case: str, blocks: int, implementation: str | None = None) -> jax.stag
 
     def loss(params, tokens):
         model = partial(nnx.merge(graph, params), implementation=implementation)
-        return jnp.mean(token_nats(model, tokens))
+        return jnp.mean(next_token(model, tokens).nats)
 
     tokens = jax.ShapeDtypeStruct((BATCH, TIME + 1), jnp.int32)
     return jax.jit(jax.value_and_grad(loss)).lower(params, tokens)

@@ -109,7 +109,7 @@ def test_valid_configs_trace(seed):
 def test_valid_configs_trace_an_update(seed):
     """The optimizer and accumulation too: one update gives a state of the same shapes and dtypes."""
     config = configs.from_flat(draw_valid(np.random.default_rng(seed)))
-    run = step.programs(config, 17)
+    run = step.programs(config, 17 * config.train.vocab_chunks, end=3)
     tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), jnp.int32)
     state = jax.eval_shape(run.create)
     after, out = jax.eval_shape(run.update, state, tokens)
@@ -202,6 +202,7 @@ def test_overrides_are_read_by_the_keys_type():
         ("quick", ["--config.train.accumulation=3"], "accumulation = 3 .*batch = 16, such as 2"),
         ("quick", ["--config.train.stop_after=351"], "stop_after = 351 .*steps = 350, such as 350"),
         ("quick", ["--config.train.steps=9"], "optim.warmup = 10 .*train.steps = 9, such as 9"),
+        ("quick", ["--config.optim.schedule=wsd", "--config.optim.decay=341"], "decay = 341 .*, such as 340"),
         ("quick", ["--config.block_size=17"], "block_size = 17 .*model.blocks = 8, such as 16"),
     ],
 )

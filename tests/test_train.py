@@ -1,4 +1,4 @@
-"""The trainer: the optimizer against numpy, exact resume, and what a run leaves behind."""
+"""The trainer: one update, exact resume, and what a run leaves behind."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import toys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from attnres_jax import __main__, configs
-from attnres_jax.models.table import path_name
 from attnres_jax.train import checkpoint, data, evaluate, loop, metrics, optim, step, workdir
 from attnres_jax.train.checkpoint import Checkpoints
 from attnres_jax.train.data import Windows
@@ -94,66 +94,6 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# Optimizer --------------------------------------------------------------------------------------
-
-
-def test_learning_rate_by_hand(tiny):
-    config = tiny(train__steps=20, optim__warmup=4, optim__lr=0.8, optim__final_lr=0.25)
-    rate = optim.learning_rate(config)
-    cosine = [0.2 + 0.6 * (1 + np.cos(np.pi * t / 16)) / 2 for t in range(17)]
-    expected = [0, 0.2, 0.4, 0.6, *cosine]
-    np.testing.assert_allclose([rate(at) for at in range(21)], expected, rtol=1e-6)
-
-
-def test_warmup_may_be_nothing_or_everything(tiny):
-    assert optim.learning_rate(tiny(optim__warmup=0, optim__lr=0.5))(0) == 0.5
-    whole = optim.learning_rate(tiny(optim__warmup=STEPS, optim__lr=0.5))
-    assert whole(STEPS) == 0.5
-
-
-def adamw(config, table, params, gradients):
-    """Loshchilov and Hutter's equations in numpy fp64, after clipping by the global norm."""
-    o, rate = config.optim, optim.learning_rate(config)
-    decay = {row.path: row.decay * o.weight_decay for row in table}
-    p, m, v = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
-    for t, gradient in enumerate(gradients, 1):
-        norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
-        for name, g in gradient.items():
-            g = g * min(1, o.clip / norm)
-            m[name] = o.b1 * m[name] + (1 - o.b1) * g
-            v[name] = o.b2 * v[name] + (1 - o.b2) * g**2
-            direction = m[name] / (1 - o.b1**t) / (np.sqrt(v[name] / (1 - o.b2**t)) + o.eps)
-            p[name] = p[name] - float(rate(t - 1)) * (direction + decay[name] * p[name])
-    return p
-
-
-def named(tree):
-    leaves = jax.tree.leaves_with_path(tree)
-    return {path_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
-
-
-def test_adamw_against_numpy(tiny):
-    """Three updates with gradients above and below the clip, the rate moving, decay on matrices."""
-    config = tiny(optim__clip=2.0, optim__weight_decay=0.3, optim__lr=0.05, optim__warmup=1)
-    run = step.programs(config, VOCAB)
-    model = configs.model_config(config, VOCAB)
-    table = step.parameters(model)
-    tx, params = optim.optimizer(config, table), run.create().params
-    rng = np.random.default_rng(0)
-    gradients = [
-        jax.tree.map(lambda p, s=scale: jnp.asarray(s * rng.standard_normal(p.shape), p.dtype), params)
-        for scale in (1.0, 1e-3, 0.1)
-    ]
-    expected = adamw(config, table, named(params), [named(g) for g in gradients])
-    state, update = tx.init(params), jax.jit(tx.update)
-    for gradient in gradients:
-        updates, state = update(gradient, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-    oracle.assert_close(named(params), expected, 1e-5)
-    still = {row.path for row in table if not row.decay}
-    assert {"mix/query", "mix/key_scale_out", "embed/embedding", "layers/a/norm/scale"} <= still
-
-
 # One update -------------------------------------------------------------------------------------
 
 
@@ -170,20 +110,25 @@ def test_accumulation_is_one_batch(tiny):
 
 
 def test_update_reports_its_gradient(tiny):
-    """Loss and norms against a plain value_and_grad; the step is counted."""
-    config = tiny()
-    run, tokens = step.programs(config, VOCAB), np.tile(np.arange(13, dtype=np.int32), (4, 1))
+    """Loss and norms against a plain value_and_grad of what the config asks for, written out; z-loss is
+    not in the loss that is reported. The step is counted."""
+    config, end = tiny(optim__z_loss=0.1, data__segments=True), 4
+    run, tokens = step.programs(config, VOCAB, end=end), np.tile(np.arange(13, dtype=np.int32), (4, 1))
+    seen = [jnp.asarray(np.tile(row, (4, 1))) for row in ([0] * 5 + [1] * 7, [*range(5), *range(7)])]
     state = run.create()
 
     def loss(params):
         model = step.state.merge(configs.model_config(config, VOCAB), params)
-        log_p = jax.nn.log_softmax(model(jnp.asarray(tokens[:, :-1])).logits)
-        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
+        logits = model(jnp.asarray(tokens[:, :-1]), *seen).logits
+        keep, log_z = np.arange(12) != end, jax.nn.logsumexp(logits, -1)
+        nats = log_z - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        nats = jnp.mean(nats[:, keep])
+        return nats + 0.1 * jnp.mean(log_z[:, keep] ** 2), nats
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    (_, value), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
     after, out = run.update(state, tokens)
     np.testing.assert_allclose(out.loss, value, rtol=1e-6)
-    norms = {name: np.linalg.norm(leaf) for name, leaf in named(gradient).items()}
+    norms = {name: np.linalg.norm(leaf) for name, leaf in toys.named(gradient).items()}
     assert set(run.names) == set(norms) == set(out.leaf_norms)
     assert run.names[0] == "embed/embedding"
     np.testing.assert_allclose([out.leaf_norms[n] for n in norms], [*norms.values()], rtol=1e-4)
@@ -279,6 +224,18 @@ def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path):
     assert not (tmp_path / "run/eval.json").exists()
     loop.train(tiny(), tmp_path / "run")
     check_same_run(tmp_path / "run", whole, tiny())
+
+
+@pytest.mark.slow
+def test_other_choices_stop_and_resume_bit_for_bit(tiny, tmp_path):
+    """Muon's state too is saved whole."""
+    changes = {"optim__name": "muon", "optim__schedule": "wsd", "optim__decay": 1}
+    changes["train__vocab_chunks"] = VOCAB
+    for stops in ((STEPS,), (2, STEPS)):
+        for stop in stops:
+            config = tiny(**changes, optim__z_loss=1e-3, train__accumulation=2, train__stop_after=stop)
+            loop.train(config, tmp_path / str(len(stops)))
+    check_same_run(tmp_path / "2", tmp_path / "1", tiny(**changes))
 
 
 def test_the_clock_goes_on(whole, tiny, tmp_path):

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
+from flax import nnx
 
 from attnres_jax import residuals
+from attnres_jax.models.table import path_name
+from attnres_jax.models.transformer import abstract
 from attnres_jax.stack import Layer, through_depth
 
 # Compile time is nearly all that a tiny test costs; LLVM's optimiser is a third of it.
@@ -149,6 +152,24 @@ def value_and_gradient(function):
         return jax.tree.map(np.asarray, {"h": h, "gradient": gradient})
 
     return evaluate
+
+
+def parameters(model, seed=0) -> dict[str, Any]:
+    """Of a language model, as training might leave them: no scale is one, no query zero, and the logits
+    differ by about 1."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        mean, scale = (1.0, 0.3) if "scale" in path_name(path) else (0.0, model.width**-0.5)
+        return jnp.asarray(draw(rng, leaf.shape, scale, mean), leaf.dtype)
+
+    return jax.tree.map_with_path(fill, nnx.to_pure_dict(nnx.state(abstract(model))))
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    """Path -> leaf, in fp64."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
 
 
 def make(name: str, size: int, **options):

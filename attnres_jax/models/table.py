@@ -8,19 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 # (path, axes of style.md without the stack's, optimizer group); every parameter matches exactly one.
+# "D>HK" is a matrix that sums over D and gives H and K.
 RULES = (
     (r"embed/embedding", "VD", "embedding"),
     (r"mix/(query|key_scale)", "LD", "depth"),
     (r"layers/a/norm/scale", "D", "norm"),
-    (r"layers/a/query/kernel", "DHK", "matrix"),
-    (r"layers/a/(key|value)/kernel", "DHK", "matrix"),
-    (r"layers/a/out/kernel", "HKD", "matrix"),
+    (r"layers/a/query/kernel", "D>HK", "matrix"),
+    (r"layers/a/(key|value)/kernel", "D>HK", "matrix"),
+    (r"layers/a/out/kernel", "HK>D", "matrix"),
     (r"layers/m/norm/scale", "D", "norm"),
-    (r"layers/m/(gate|up)/kernel", "DF", "matrix"),
-    (r"layers/m/down/kernel", "FD", "matrix"),
+    (r"layers/m/(gate|up)/kernel", "D>F", "matrix"),
+    (r"layers/m/down/kernel", "F>D", "matrix"),
     (r"mix/(query|key_scale)_out", "D", "depth"),
     (r"norm/scale", "D", "norm"),
-    (r"head/kernel", "DV", "head"),
+    (r"head/kernel", "D>V", "head"),
 )
 
 
@@ -33,6 +34,8 @@ class Parameter(NamedTuple):
     axes: str
     group: str
     decay: bool
+    inputs: str
+    """Those of the layer's own axes, its first, that a matrix sums over; "" where the leaf is no matrix."""
 
 
 def parameter_table(model: nnx.Module) -> list[Parameter]:
@@ -50,7 +53,8 @@ def path_name(path: tuple) -> str:
 def _row(path, leaf):
     for order, (pattern, axes, group) in enumerate(RULES):
         if re.fullmatch(pattern, path):
-            axes = ("L" if path.startswith("layers/") else "") + axes
-            decay = group in ("matrix", "head")
-            return order, Parameter(path, leaf.shape, leaf.dtype, axes, group, decay)
+            stack, decay = "L" * path.startswith("layers/"), group in ("matrix", "head")
+            inputs = axes.partition(">")[0] if ">" in axes else ""
+            axes = stack + axes.replace(">", "")
+            return order, Parameter(path, leaf.shape, leaf.dtype, axes, group, decay, inputs)
     raise ValueError(f"no rule of models/table.py covers the parameter {path} {leaf.shape}: add one")

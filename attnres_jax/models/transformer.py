@@ -69,6 +69,13 @@ class ModelConfig:
         return residuals.make(self.residual, block_size=size, eps=eps)
 
 
+class Hidden(NamedTuple):
+    """What the head takes, after the final norm, and what the loop over depth returned."""
+
+    h: Float[Array, "B T D"]
+    depth: DepthOutput
+
+
 class Output(NamedTuple):
     """Logits in at least fp32, and what the loop over depth returned."""
 
@@ -102,6 +109,21 @@ class Transformer(nnx.Module):
         record: bool = False,
     ) -> Output:
         """Next-token logits. Tokens see earlier tokens of their segment; see `through_depth` for the rest."""
+        options: dict[str, Any] = {"implementation": implementation, "placement": placement, "record": record}
+        h, depth = self.hidden(tokens, segments, positions, **options)
+        return Output(logits(h, self.unembedding), depth)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        implementation: str | None = None,
+        placement: Placement | None = None,
+        record: bool = False,
+    ) -> Hidden:
+        """All but the head, for a loss that never holds the logits whole."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
@@ -115,11 +137,17 @@ class Transformer(nnx.Module):
             record=record,
         )
         h = self.norm(depth.h)
-        return Output(self._logits(placement.enter(h) if placement else h), depth)
+        return Hidden(placement.enter(h) if placement else h, depth)
 
-    def _logits(self, h):
-        w = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
-        return jnp.matmul(h, w.astype(h.dtype), preferred_element_type=compute_dtype(h.dtype))
+    @property
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The head's matrix: its own, or the embedding's transpose."""
+        return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+
+
+def logits(h: Float[Array, "B T D"], w: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """Of the columns `w` of the unembedding: products in the activations' dtype, sums in at least fp32."""
+    return jnp.matmul(h, w.astype(h.dtype), preferred_element_type=compute_dtype(h.dtype))
 
 
 def abstract(config: ModelConfig) -> Transformer:

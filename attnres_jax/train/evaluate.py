@@ -16,6 +16,7 @@ from attnres_jax.configs import Config
 from attnres_jax.parallel.mesh import from_rows, make_mesh
 from attnres_jax.train import checkpoint, workdir
 from attnres_jax.train.data import Corpus, Windows, heldout_windows, open_corpus
+from attnres_jax.train.loss import configured, document_end
 from attnres_jax.train.step import position_nats
 
 
@@ -55,6 +56,9 @@ def heldout(
 ) -> Evaluation:
     """On the first `limit` tokens (0: all), in windows of `data.length`, which lie as `place` says."""
     windows = heldout_windows(corpus.heldout, config.data.length, config.data.batch, limit)
+    end = document_end(config, corpus.end)
+    if end is not None:  # the first token of a document is not predicted
+        windows = (w._replace(mask=w.mask & (w.tokens[:, :-1] != end)) for w in windows)
 
     def placed(tokens, mask):
         return nats(*(from_rows(place, a.shape, lambda i, j, a=a: a[i:j]) for a in (tokens, mask)))
@@ -67,7 +71,8 @@ def main(folder: Path, step: int | None) -> None:
     run = checkpoint.load_run(folder, step)
     corpus = open_corpus(run.config.data.corpus)
     place = NamedSharding(make_mesh({"data": 1}, jax.local_devices()[:1]), PartitionSpec())
-    found = heldout(partial(jax.jit(position_nats), run.model), run.config, corpus, 0, place)
+    nats = jax.jit(partial(position_nats, configured(run.config, corpus.vocab, corpus.end)))
+    found = heldout(partial(nats, run.model), run.config, corpus, 0, place)
     path = folder / f"eval-{run.step}.json"
     workdir.write_json(path, {"step": run.step} | found._asdict())
     console = Console(highlight=False)

@@ -33,7 +33,7 @@ def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) ->
     # 2. The text is whole.
     corpus = open_corpus(config.data.corpus)
     batches = train_batches(corpus.train, config.data.length, config.data.batch, config.seed)
-    run = programs(config, corpus.vocab, devices)
+    run = programs(config, corpus.vocab, devices, corpus.end)
     keep = config.checkpoint
     with Checkpoints(folder / workdir.CHECKPOINTS, keep.keep, keep.keep_every) as checkpoints:
         # 3. The newest checkpoint that is whole, on this mesh, or the beginning.

@@ -22,14 +22,15 @@ from attnres_jax.models.transformer import ModelConfig
 from attnres_jax.parallel import sharding
 from attnres_jax.parallel.mesh import make_mesh, placement
 from attnres_jax.parallel.mesh import tokens as token_sharding
-from attnres_jax.placement import Placement
 from attnres_jax.train import state
+from attnres_jax.train.loss import NextToken, configured, document_end, documents, objective, predictions
 from attnres_jax.train.optim import optimizer
 from attnres_jax.train.state import State
 
 LOOK = 4
 """Sequences of a batch that the statistics over depth are taken on."""
-Loss = Callable[[Any, Int[Array, "B T1"]], Float[Array, ""]]
+Loss = Callable[[Any, Int[Array, "B T1"]], tuple[Float[Array, ""], Any]]
+"""Of parameters and tokens: what is minimised and what is reported, parts of sums over the batch."""
 
 
 class NonFinite(configs.UserError):
@@ -64,11 +65,13 @@ class Programs(NamedTuple):
     look: Callable[[Any, Array], DepthStatistics]
 
 
-def programs(config: Config, vocab: int, devices: Sequence[Any] | None = None) -> Programs:
-    """Everything a run computes, on `devices` (None: all there are).
+def programs(
+    config: Config, vocab: int, devices: Sequence[Any] | None = None, end: int | None = None
+) -> Programs:
+    """Everything a run computes, on `devices` (None: all there are); the token `end` ends a document.
 
     Raises:
-      ConfigError: where mesh and model do not fit together.
+      UserError: where mesh and model, or chunks or documents and corpus, do not fit together.
     """
     model, mesh = configs.model_config(config, vocab), make_mesh(config.mesh.to_dict(), devices)
     table, place, whole = parameters(model), placement(mesh), NamedSharding(mesh, P())
@@ -78,15 +81,19 @@ def programs(config: Config, vocab: int, devices: Sequence[Any] | None = None) -
     places = sharding.shardings(jax.eval_shape(create), table, mesh)
     batch = token_sharding(mesh)
 
-    def loss(params, tokens):
-        return jnp.mean(token_nats(state.merge(model, params), tokens, place))
+    predict, end = configured(config, vocab, end, place), document_end(config, end)
 
     def step(now, tokens):
-        value, gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
+        count = predictions(tokens, end)  # of the whole batch: microbatches may hold unequal numbers
+
+        def loss(params, tokens):
+            return objective(predict(state.merge(model, params), tokens), count, config.optim.z_loss)
+
+        (_, value), gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
         return _updated(tx, now, value, gradient, model.kinds)
 
     def nats(params, tokens, mask):
-        return position_nats(state.merge(model, params), tokens, mask, place)
+        return position_nats(predict, state.merge(model, params), tokens, mask)
 
     return Programs(
         *(model, mesh, tuple(parameter.path for parameter in table), batch),
@@ -95,36 +102,38 @@ def programs(config: Config, vocab: int, devices: Sequence[Any] | None = None) -
         jax.jit(step, in_shardings=(places, batch), out_shardings=(places, whole), donate_argnums=0),
         jax.jit(nats, in_shardings=(places.params, batch, batch), out_shardings=whole),
         jax.jit(
-            lambda params, tokens: look(state.merge(model, params), tokens),
+            lambda params, tokens: look(state.merge(model, params), tokens, end),
             in_shardings=(places.params, batch),
             out_shardings=whole,
         ),
     )
 
 
-def token_nats(model: Any, tokens: Int[Array, "B T1"], place: Placement | None = None) -> Float[Array, "B T"]:
-    """Cross-entropy of each next token."""
-    logits = model(tokens[:, :-1], placement=place).logits
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-
-
 def position_nats(
-    model: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"], place: Placement | None = None
+    predict: Callable[[Any, Array], NextToken],
+    model: Any,
+    tokens: Int[Array, "B T1"],
+    mask: Bool[Array, "B T"],
 ) -> Float[Array, " T"]:
     """Sum over a batch of the cross-entropy at each position."""
-    return jnp.sum(jnp.where(mask, token_nats(model, tokens, place), 0), 0)
+    return jnp.sum(jnp.where(mask, predict(model, tokens).nats, 0), 0)
 
 
-def look(model: Any, tokens: Int[Array, "B T1"]) -> DepthStatistics:
+def look(model: Any, tokens: Int[Array, "B T1"], end: int | None = None) -> DepthStatistics:
     """Statistics over depth of a recorded forward pass on the first `LOOK` sequences."""
-    return depth_statistics(model(tokens[:LOOK, :-1], record=True).depth.record)
+    inputs = tokens[:LOOK, :-1]
+    seen = () if end is None else documents(inputs, end)
+    return depth_statistics(model.hidden(inputs, *seen, record=True).depth.record)
 
 
 def accumulated(
     loss: Loss, params: Any, tokens: Int[Array, "B T1"], microbatches: int
-) -> tuple[Float[Array, ""], Any]:
-    """Loss and gradient of the batch, computed in equal microbatches one after the other."""
-    function = jax.value_and_grad(loss)
+) -> tuple[tuple[Float[Array, ""], Any], Any]:
+    """Loss and gradient of the batch, added up over equal microbatches one after the other.
+
+    Each takes every `microbatches`-th row: rows spread over devices are spread in each of them alike.
+    """
+    function = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return function(params, tokens)
 
@@ -132,8 +141,8 @@ def accumulated(
         return jax.tree.map(jnp.add, total, function(params, tokens)), None
 
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, tokens))
-    total, _ = jax.lax.scan(add, zero, tokens.reshape(microbatches, -1, tokens.shape[1]))
-    return jax.tree.map(lambda leaf: leaf / microbatches, total)
+    parts = tokens.reshape(-1, microbatches, tokens.shape[1]).swapaxes(0, 1)
+    return jax.lax.scan(add, zero, parts)[0]
 
 
 def _updated(tx, now, loss, gradient, kinds):
