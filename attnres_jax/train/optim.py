@@ -84,13 +84,13 @@ def _muon(config, table, decays):
 
 def _orthogonalized(momentum, numbers):
     """Optax's, but the coefficients stay out of its state: there all arrays are some parameter's."""
-    inner = scale_by_muon(NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=numbers)
+    inner: Any = scale_by_muon(NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=numbers)
 
     def init(params):
         return inner.init(params)._replace(ns_coeffs=())
 
-    def update(updates, now, params=None):
-        whole = now._replace(ns_coeffs=jnp.asarray(NEWTON_SCHULZ))
+    def update(updates: Any, state: Any, params: Any = None):
+        whole = state._replace(ns_coeffs=jnp.asarray(NEWTON_SCHULZ))
         updates, after = inner.update(updates, whole, params)
         return updates, after._replace(ns_coeffs=())
 
