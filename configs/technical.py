@@ -1,9 +1,9 @@
-r"""Twelve transformer blocks on 59 MB of English technical text: residual schemes at some depth, on two cores.
+r"""Twelve transformer blocks on 58 MB of English technical text: some depth, on two cores.
 
 Command   launch/technical_corpus.sh texts/technical
           python -m attnres_jax data prepare --text=texts/technical --glob='**/*.txt' --glob='**/*.rst' \
               --out=corpora/technical --tokenizer=bpe
-          python -m attnres_jax train --config=technical:block --workdir=runs/technical/block   (or plain, full)
+          python -m attnres_jax train --config=technical:block --workdir=runs/block   (or plain, full)
 Hardware  2 CPU cores, fp32
 Time      TIME
 Expect    EXPECT

@@ -22,16 +22,19 @@ class ClusterError(UserError):
 
 def join() -> None:
     """Join the other processes, if there are any; nothing where there is no cluster."""
-    named: dict[str, Any] = {}
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        named = {"num_processes": _number("JAX_NUM_PROCESSES"), "process_id": _number("JAX_PROCESS_ID")}
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": HEARTBEAT}
     try:
-        jax.distributed.initialize(
-            **named, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
-        )
+        jax.distributed.initialize(**named(), **limits)
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):  # no cluster: alone
             raise ClusterError(f"the processes could not be joined: {error}") from None
+
+
+def named() -> dict[str, Any]:
+    """Number and count of the processes, where the environment names the address to meet at."""
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return {}
+    return {"num_processes": _number("JAX_NUM_PROCESSES"), "process_id": _number("JAX_PROCESS_ID")}
 
 
 def first() -> bool:

@@ -11,8 +11,8 @@ LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 def write(folder: Path) -> None:
     """Size and SHA-256 of every file below `folder`, into its checksums.json."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NAME, *LATE)]
-    found = {str(file.relative_to(folder)): _describe(file) for file in files}
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    found = {name: _describe(file) for name, file in files.items() if name not in (NAME, *LATE)}
     (folder / NAME).write_text(json.dumps(found, indent=1))
 
 
@@ -36,8 +36,10 @@ def _differs(file, written):
 
 def _late_damage(folder):
     metadata, committed = (folder / name for name in LATE)
-    if not metadata.is_file() or not metadata.read_bytes().endswith(b"}"):
-        return f"{metadata.name} is cut off"
+    try:
+        json.loads(metadata.read_text())
+    except (OSError, ValueError):
+        return f"{metadata.name} cannot be read"
     if committed.is_file() and not committed.read_text().endswith(f"/{folder.name}"):
         return f"{committed.name} is cut off"
     return None

@@ -1,0 +1,97 @@
+"""Several processes train as one: same data, same losses; told or killed, none is left waiting."""
+
+import os
+import signal
+import time
+
+import cluster
+import numpy as np
+import pytest
+
+from attnres_jax.configs import UserError
+from attnres_jax.parallel import processes
+
+SAME = {"rtol": 2e-5}  # fp32, sums over the batch in another order
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    code, said = cluster.run(cluster.command(folder))
+    assert code == 0, said
+    return folder
+
+
+def assert_same_losses(folder, alone):
+    found, wanted = cluster.losses(folder), cluster.losses(alone)
+    assert list(found) == list(wanted)
+    np.testing.assert_allclose([*found.values()], [*wanted.values()], **SAME)
+
+
+def told_to_stop(folder, words):
+    """Two processes, of which the second is sent SIGTERM; the step that both saved."""
+    running = cluster.start(words, 2)
+    cluster.wait_for_step(folder, 2, running)
+    os.kill(cluster.member(folder, 1), signal.SIGTERM)
+    said, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    assert "told to stop: saved step" in said
+    (saved,) = cluster.finished(folder)
+    assert max(cluster.losses(folder)) == saved < 10_000
+    return saved
+
+
+def test_two_processes_told_to_stop_go_on_as_one(tmp_path):
+    """SIGTERM to one of two: both save the same step and exit 0. One process on another mesh goes on with
+    the same data: its losses are those of one process all the way."""
+    folder, whole = tmp_path / "two", tmp_path / "one"
+    saved = told_to_stop(folder, cluster.command(folder, train__steps=10_000, mesh__fsdp=-1, mesh__data=1))
+    more = {"train__steps": 10_000, "train__stop_after": saved + 3}
+    for run in (folder, whole):
+        code, said = cluster.run(cluster.command(run, **more))
+        assert code == 0, said
+    assert_same_losses(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(2, {"mesh__tensor": 2}), (4, {}), (4, {"mesh__data": 2, "mesh__fsdp": 2})],
+    ids=["tensor", "data", "data and fsdp"],
+)
+def test_processes_are_one(alone, tmp_path, count, mesh):
+    code, said = cluster.run(cluster.command(tmp_path / "run", **mesh), count)
+    assert code == 0, said
+    assert_same_losses(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_stop_when_one_dies(tmp_path, victim):
+    """Within the heartbeat and a little; what was saved continues on one process."""
+    folder, steps = tmp_path / "run", {"train__steps": 10_000, "checkpoint__every": 2}
+    running = cluster.start(cluster.command(folder, **steps), 2)
+    cluster.wait_for_step(folder, 8, running)
+    os.kill(cluster.member(folder, victim), signal.SIGKILL)
+    start = time.monotonic()
+    said, _ = running.communicate(timeout=3 * processes.HEARTBEAT)
+    assert running.returncode != 0
+    assert time.monotonic() - start < processes.HEARTBEAT + 15
+    assert "another process is gone" in said or "another task died" in said, said
+    saved = max(cluster.finished(folder))
+    code, said = cluster.run(cluster.command(folder, **steps, train__stop_after=saved + 2))
+    assert code == 0, said
+    assert f"updates {saved} to" in said
+
+
+def test_what_the_environment_asks_for(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    with pytest.raises(UserError, match=r"JAX_PROCESS_ID = '' must be a whole number"):
+        processes.named()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert processes.named() == {"num_processes": 2, "process_id": 1}
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    assert processes.named() == {}
