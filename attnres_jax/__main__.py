@@ -142,6 +142,8 @@ def _inspect_arguments(parser):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="CONFIG", help=CONFIG)
     which.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a run")
+    text = "of the mesh (default: those of this machine); they need not be there"
+    parser.add_argument("--devices", type=_whole, metavar="N", help=text)
 
 
 def _inspect(args):
@@ -151,10 +153,14 @@ def _inspect(args):
         from attnres_jax.train.checkpoint import load_run
 
         config = load_run(args.workdir).config
+    import jax
+
     from attnres_jax.analysis import inspect
+    from attnres_jax.train import budget
     from attnres_jax.train.data import open_corpus
 
     vocab = open_corpus(config.data.corpus).vocab
+    budget.report(config, vocab, args.devices or len(jax.devices()))
     inspect.report(configs.model_config(config, vocab), config.data.length)
 
 
@@ -239,8 +245,8 @@ COMMANDS = {
     ),
     "inspect": Command(
         *(_inspect, _inspect_arguments),
-        "Parameters, FLOPs and bytes per token, and what AttnRes adds.",
-        "--config=lm:d12,block8",
+        "Parameters, where they lie on a mesh, FLOPs and bytes per token, and what AttnRes adds.",
+        "--config=lm:d12,block8 --devices=16 --config.mesh.fsdp=8 --config.mesh.tensor=2",
     ),
     "data": Command(
         *(_data, _data_arguments),

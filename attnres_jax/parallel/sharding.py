@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnres_jax.configs import ConfigError
@@ -24,7 +24,7 @@ def spec(parameter: Parameter) -> P:
     return P(*(PLACES.get(axis) for axis in parameter.axes)) if parameter.group in CUT else P()
 
 
-def shardings(tree, table: Iterable[Parameter], mesh: Mesh):
+def shardings(tree, table: Iterable[Parameter], mesh: Mesh | AbstractMesh):
     """For every leaf of `tree` (parameters, gradients, optimizer state) its sharding.
 
     A leaf is placed as the parameter whose path its own ends with; scalars are on every device.
@@ -36,14 +36,19 @@ def shardings(tree, table: Iterable[Parameter], mesh: Mesh):
 
     def place(path, leaf):
         name = path_name(path)
-        found = [known for known in specs if name == known or name.endswith(f"/{known}")]
-        if found:
-            return NamedSharding(mesh, specs[max(found, key=len)])
+        if (parameter := owner(name, specs)) is not None:
+            return NamedSharding(mesh, specs[parameter])
         if leaf.size == 1:
             return NamedSharding(mesh, P())
         raise ValueError(f"no parameter of models/table.py says where {name} {leaf.shape} lies")
 
     return jax.tree.map_with_path(place, tree)
+
+
+def owner(name: str, paths: Iterable[str]) -> str | None:
+    """The longest of `paths` that the path `name` ends with, if any."""
+    found = [path for path in paths if name == path or name.endswith(f"/{path}")]
+    return max(found, key=len, default=None)
 
 
 def placed(tree, places):
@@ -53,7 +58,7 @@ def placed(tree, places):
     )
 
 
-def check(table: Sequence[Parameter], mesh: Mesh, batch: int, length: int) -> None:
+def check(table: Sequence[Parameter], mesh: Mesh | AbstractMesh, batch: int, length: int) -> None:
     """Raise `ConfigError` where a mesh axis does not divide what it cuts, with sizes that would fit.
 
     `batch` are the sequences of one microbatch, `length` its predictions a sequence.

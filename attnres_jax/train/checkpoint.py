@@ -62,14 +62,15 @@ class Checkpoints:
         else:  # what is being written may still be finished; a second failure would hide the first
             self._told(self._manager.close, raises=False)
 
-    def save(self, now: State) -> None:
-        """Copy the state at once, write it in the background; a step that is there already stays."""
+    def save(self, now: State) -> bool:
+        """Copy the state at once, write it in the background; False where the step is there already."""
         step = int(now.step)
         if step in self._manager.all_steps():
-            return
+            return False
         items = {"params": now.params, "optimizer": now.opt_state}
         saves = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
         self._told(lambda: self._manager.save(step, args=saves, force=True))
+        return True
 
     def restore(self, like: State) -> State | None:
         """The newest state, of the shapes and on the devices of `like`; None where nothing is saved."""

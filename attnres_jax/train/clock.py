@@ -22,19 +22,21 @@ GPU_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 class Clock:
     """Seconds by what they were spent on; a section inside another is taken out of the outer one."""
 
-    def __init__(self, before: Mapping[str, float]):
+    def __init__(self, before: Mapping[str, float], since: float):
         self._seconds = {name: before.get(name, 0.0) for name in SPENT}
         self._open = ["start"]
-        self._since = time.perf_counter()
+        self._since = since
 
     @classmethod
-    def resumed(cls, kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> "Clock":
-        """Going on after the log's `rows`, of which `kept` are not of lost work."""
+    def resumed(
+        cls, kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], since: float
+    ) -> "Clock":
+        """Going on, `since` that `time.perf_counter`, after the log's `rows`; `kept` are not of lost work."""
         before = next((row for row in reversed(kept) if row["kind"] == "time"), {})
         before = {name: before.get(name, 0.0) for name in SPENT}
         ran = max((row["seconds"] for row in rows if row["kind"] == "train"), default=0.0)
         lost = max(0.0, ran - sum(before.values()))
-        return cls(before | {"lost": before["lost"] + lost})
+        return cls(before | {"lost": before["lost"] + lost}, since)
 
     def begin(self, what: str) -> None:
         """From here on time is spent on `what`, unless a section says otherwise."""

@@ -28,6 +28,7 @@ def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) ->
 
     On the mesh of the config over `devices` (None: all there are), with all processes together.
     """
+    since = time.perf_counter()
     # To resume: 1. the folder holds this config, or none yet.
     workdir.claim(folder, config)
     # 2. The text is whole.
@@ -43,7 +44,7 @@ def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) ->
             return
         _say(_announcement(folder, config, state, run))
         # 4. The log as it was then.
-        log = MetricLog(folder, int(state.step), config, run, corpus)
+        log = MetricLog(folder, int(state.step), config, run, corpus, since)
         profile = Trace(folder / workdir.PROFILE, config.profile.first, config.profile.last)
         with log, stopping.lost_processes(), stopping.signals() as stop, profile as trace:
             loop = _Loop(config, run, corpus, checkpoints, log)
@@ -53,6 +54,7 @@ def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) ->
                 loop.finish(state, folder)
             elif stop.why:
                 _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
+            log.time(int(state.step))
         _say(log.spent())
 
 
@@ -106,8 +108,9 @@ class _Loop(NamedTuple):
     def _save(self, state, waiting):
         self._settle(waiting)  # what is saved is finite
         with self.log.clock.section("checkpoint"):
-            self.checkpoints.save(state)
-        self.log.time(int(state.step))
+            saved = self.checkpoints.save(state)
+        if saved:
+            self.log.time(int(state.step))
 
     def _compiled(self, state, batch):
         start = time.perf_counter()

@@ -30,15 +30,15 @@ from attnres_jax.train.step import Programs, Updated
 
 
 class MetricLog:
-    """Log of a run that has made `start` updates; rows of later steps are of lost work and go.
+    """Log of a run that has made `start` updates and runs `since`; later steps' rows are of lost work and go.
 
     Every process keeps one and tells it the same; the first one's is written and shown.
     """
 
-    def __init__(self, folder: Path, start: int, config: Config, run: Programs, corpus: Corpus):
+    def __init__(self, folder: Path, start: int, config: Config, run: Programs, corpus: Corpus, since: float):
         rows = workdir.read_rows(folder)
         kept = [row for row in rows if row["step"] <= start]
-        self.clock = Clock.resumed(kept, rows)
+        self.clock = Clock.resumed(kept, rows, since)
         self._config, self._model, self._corpus = config, run.model, corpus
         self._rate = learning_rate(config)
         self._tokens = config.data.batch * config.data.length

@@ -51,6 +51,11 @@ def optimizer(config: Config, table: Sequence[Parameter]) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(config.optim.clip), update)
 
 
+def group(config: Config, parameter: Parameter) -> str:
+    """Which update the parameter gets: adamw or muon."""
+    return "adamw" if config.optim.name == "adamw" else _name(parameter)
+
+
 def dimension_numbers(parameter: Parameter) -> MuonDimensionNumbers:
     """Axes of the inputs and of the outputs of a matrix; that of the stack, which comes first, is neither."""
     first = len(parameter.axes) - len(parameter.axes.removeprefix("L"))

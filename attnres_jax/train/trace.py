@@ -24,7 +24,7 @@ class Trace:
             settle()
             jax.profiler.start_trace(self._folder)
             self._on = True
-        elif step == self._last + 1:
+        elif self._on and step == self._last + 1:
             settle()
             self._stop()
 
