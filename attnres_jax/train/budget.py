@@ -45,10 +45,8 @@ def report(config: Config, vocab: int, count: int) -> None:
     for row in found:
         table.add_row(row.path, row.optimizer, row.place, f"{row.parameter:,}", f"{row.moments:,}")
     table.add_section()
-    parameter, moments = (
-        sum(column) for column in zip(*((r.parameter, r.moments) for r in found), strict=True)
-    )
-    table.add_row("total", "", "", f"{parameter:,}", f"{moments:,}")
+    totals = sum(row.parameter for row in found), sum(row.moments for row in found)
+    table.add_row("total", "", "", *(f"{total:,}" for total in totals))
     console.print(table)
 
 
