@@ -246,7 +246,7 @@ COMMANDS = {
     "inspect": Command(
         *(_inspect, _inspect_arguments),
         "Parameters, where they lie on a mesh, FLOPs and bytes per token, and what AttnRes adds.",
-        "--config=lm:d12,block8 --devices=16 --config.mesh.fsdp=8 --config.mesh.tensor=2",
+        "--config=lm:d12,block8 --devices=8 --config.mesh.tensor=4",
     ),
     "data": Command(
         *(_data, _data_arguments),

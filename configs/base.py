@@ -256,7 +256,7 @@ KEYS: dict[str, Key] = {
     "train.eval_tokens": Key(65536, Whole(0), "tokens", "held out, per evaluation; 0 takes all"),
     "train.compile_cache": Key(True, Flag(), "", "whether the next start finds programs compiled"),
     "optim.name": Key(
-        "adamw", Choice(("adamw", "muon")), "", "muon: matrices of sublayers in Muon, the rest in AdamW"
+        "adamw", Choice(("adamw", "muon")), "", "muon: sublayers' matrices in Muon, the rest in AdamW"
     ),
     "optim.lr": Key(4e-3, Real(0, above=True), "", "peak learning rate, of Muon and AdamW alike"),
     "optim.schedule": Key("cosine", Choice(("cosine", "wsd")), "", "wsd: warm-up, stable, linear decay"),
