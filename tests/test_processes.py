@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import cluster
@@ -95,3 +97,12 @@ def test_what_the_environment_asks_for(monkeypatch):
     assert processes.named() == {"num_processes": 2, "process_id": 1}
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
     assert processes.named() == {}
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(tmp_path):
+    """The script that was run with a hundred."""
+    words = [sys.executable, str(cluster.ROOT / "tests/sigkill.py"), "--kills=10", f"--folder={tmp_path}"]
+    ran = subprocess.run(words, check=False, capture_output=True, text=True, cwd=cluster.ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "nothing lost, the same bits" in ran.stdout

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import toys
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +19,7 @@ from attnres_jax.train import step
 VOCAB = 64
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
 SMALL = {
-    "model.blocks": 3,
+    "model.blocks": 2,
     "model.width": 32,
     "model.heads": 8,
     "model.kv_heads": 8,
@@ -56,7 +57,9 @@ def one_update(shape, **changes):
     if queries is not None:  # zero at the start: give the reads something to weigh
         drawn = np.random.default_rng(1).standard_normal(queries.shape) / 32**0.5
         state.params["mix"]["query"] = jax.device_put(np.float32(drawn), queries.sharding)
-    compiled = run.update.lower(state, jax.ShapeDtypeStruct((16, 17), np.int32, sharding=run.place)).compile()
+    compiled = run.update.lower(state, jax.ShapeDtypeStruct((16, 17), np.int32, sharding=run.place)).compile(
+        toys.QUICK
+    )
     state, out = compiled(state, jax.device_put(draw_tokens(), run.place))
     moments = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state.opt_state)}
     gradient = {name.split("/mu/")[1]: leaf for name, leaf in moments.items() if "/mu/" in name}
@@ -77,7 +80,7 @@ def alone():
     return get
 
 
-FAST = {("block", (2, 2, 2)), ("block", (1, 1, 8)), ("plain", (1, 4, 2))}
+FAST = {("block", (2, 2, 2))}
 CASES = [
     pytest.param(scheme, shape, marks=[] if (scheme, shape) in FAST else pytest.mark.slow)
     for scheme in ("plain", "block", "full")
@@ -154,7 +157,7 @@ def test_a_leaf_without_a_rule_is_named():
 
 def test_the_longest_path_decides():
     table = step.parameters(configs.model_config(config(), VOCAB))
-    tree = {"mu": {"layers": {"a": {"norm": {"scale": jnp.ones((3, 32))}}}}}
+    tree = {"mu": {"layers": {"a": {"norm": {"scale": jnp.ones((2, 32))}}}}}
     on = mesh.make_mesh({"tensor": 8}, jax.devices())
     assert jax.tree.leaves(sharding.shardings(tree, table, on))[0].spec == P()
 
