@@ -16,9 +16,8 @@ import toys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from attnres_jax import __main__, configs
-from attnres_jax.train import checkpoint, data, evaluate, loop, metrics, optim, step, workdir
+from attnres_jax.train import checkpoint, data, loop, metrics, optim, step, workdir
 from attnres_jax.train.checkpoint import Checkpoints
-from attnres_jax.train.data import Windows
 
 VOCAB, STEPS = 23, 4
 TINY = {
@@ -401,21 +400,6 @@ def test_it_learns(tiny, tmp_path, residual):
 # Evaluation -------------------------------------------------------------------------------------
 
 
-def test_evaluation_by_hand():
-    """Masked predictions do not count; every position has its own mean."""
-    nats = np.array([[1.0, 2.0, 4.0], [3.0, 6.0, 100.0]])
-    mask = np.array([[True, True, True], [True, True, False]])
-    tokens = np.zeros((2, 4), np.int32)
-    found = evaluate.evaluate(
-        lambda tokens, mask: np.where(mask, nats, 0).sum(0), [Windows(tokens, mask)] * 2, 2.0
-    )
-    assert found.tokens == 10
-    assert found.loss == pytest.approx(16 / 5)
-    assert found.bits_per_byte == pytest.approx(16 / 5 / np.log(2) / 2)
-    assert found.perplexity == pytest.approx(np.exp(16 / 5))
-    np.testing.assert_allclose(found.position_bits, np.array([2, 4, 4]) / np.log(2) / 2)
-
-
 def test_eval_command(whole, tiny, capsys):
     """The whole held-out text, against a direct computation; the file and the table."""
     assert __main__.main(["eval", f"--workdir={whole}", "--step=2"]) == 0
@@ -431,10 +415,6 @@ def test_eval_command(whole, tiny, capsys):
     out = capsys.readouterr().out
     assert f"{written['bits_per_byte']:.4f} bits/byte" in out
     assert [line for line in out.splitlines() if "8 to 12" in line]
-
-
-def test_octaves():
-    assert [*evaluate._octaves(12)] == [(1, 1), (2, 3), (4, 7), (8, 12)]
 
 
 def test_the_log_is_whole_or_as_before(tmp_path):
