@@ -1,9 +1,10 @@
 """Checkpoints under faults: damage, half-written ones, a full disk; and a move to another mesh."""
 
 import json
-import resource
+import re
 import shutil
 
+import cluster
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ from attnres_jax.parallel import mesh, sharding
 from attnres_jax.train import checksums
 from attnres_jax.train.checkpoint import Checkpoints
 from attnres_jax.train.state import State
-from attnres_jax.train.workdir import RunError
 
 
 def state(step, size=300):
@@ -120,22 +120,22 @@ def test_which_are_kept(tmp_path):
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
-    """Files may not grow beyond 64 kB: the run is told, and what was saved before is as it was."""
-    save(tmp_path, 1)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
-    try:
-        with (
-            pytest.raises(
-                RunError, match=r"could not be written \(.*; the last good one is of step 1\. Make"
-            ),
-            Checkpoints(tmp_path, 2) as checkpoints,
-        ):
-            checkpoints.save(state(2, size=20_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert_is(restored(tmp_path), 1)
+    """Files may not grow beyond 16 kB: the run says so and ends; room made, it goes on from the last good."""
+    changes = {"train__steps": 1000, "train__compile_cache": False, "checkpoint__every": 2}
+    code, said = cluster.run(cluster.command(tmp_path, **changes, train__stop_after=2))
+    assert code == 0, said
+    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "limited", *cluster.command(tmp_path, **changes)]
+    code, said = cluster.run(limited)
+    assert code == 2, said
+    wanted = (
+        r"^error: a checkpoint could not be written \(File too large\); the last good one is of step 2\. Make"
+    )
+    assert re.search(wanted, said, re.MULTILINE), said
+    code, said = cluster.run(cluster.command(tmp_path, **changes, train__stop_after=4))
+    assert code == 0, said
+    assert cluster.finished(tmp_path) == [4]
 
 
 def test_onto_another_mesh(tmp_path):

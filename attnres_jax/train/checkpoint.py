@@ -6,6 +6,7 @@ damaged later is reported and put aside as `damaged-STEP-1`, and the one before 
 
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,7 +135,8 @@ def _on_first_device(tree):
 
 def _unwritten(folder, error):
     kept = [s for s in _steps(folder) if checksums.damage(folder / str(s)) is None]
-    why = "no space is left on the disk" if "No space left" in error else error
+    found = re.search(r": ([^:]+) \[os_error_code", error)  # the end of TensorStore's long message
+    why = found[1] if found else error
     last = f"the last good one is of step {max(kept)}" if kept else "there is none yet"
     return (
         f"a checkpoint could not be written ({why}); {last}. "
