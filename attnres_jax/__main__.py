@@ -150,9 +150,9 @@ def _inspect(args):
     if args.config:
         config = configs.load(args.config, args.overrides)
     else:
-        from attnres_jax.train.checkpoint import load_run
+        from attnres_jax.train.workdir import load_config
 
-        config = load_run(args.workdir).config
+        config = load_config(args.workdir)
     import jax
 
     from attnres_jax.analysis import inspect

@@ -27,7 +27,7 @@ TINY = {
 def command(folder, **changes):
     """Train in `folder`; `steps` and what else is asked for."""
     steps = changes.get("train__steps", 6)
-    flat = TINY | {f"train.{key}_every": steps for key in ("depth", "eval")}
+    flat = TINY | {"train.steps": steps} | {f"train.{key}_every": steps for key in ("depth", "eval")}
     flat |= {key.replace("__", "."): value for key, value in changes.items()}
     words = [f"--config.{key}={value}" for key, value in flat.items()]
     return [sys.executable, "-m", "attnres_jax", "train", "--config=quick", f"--workdir={folder}", *words]

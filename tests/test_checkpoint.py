@@ -14,6 +14,7 @@ from attnres_jax.parallel import mesh, sharding
 from attnres_jax.train import checksums
 from attnres_jax.train.checkpoint import Checkpoints
 from attnres_jax.train.state import State
+from attnres_jax.train.workdir import RunError
 
 
 def state(step, size=300):
@@ -72,11 +73,13 @@ def test_damage_to_any_file_is_found(saved, tmp_path, how):
     whole = tmp_path / "2"
     shutil.copytree(saved / "2", whole)
     for path in files(whole):
-        if how in ("one bit", "gone") and path.name in (checksums.NAME, *checksums.LATE):
+        if how in ("one bit", "gone") and path.parent == whole and path.name in checksums.LATE:
             continue
         raw = path.read_bytes()
+        middle = len(raw) // 2
         cut = {"empty": b"", "half": raw[: len(raw) // 2], "one byte short": raw[:-1], "gone": b""}
-        path.write_bytes(cut.get(how, raw[:-1] + bytes([raw[-1] ^ 1])))
+        flipped = raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
+        path.write_bytes(cut.get(how, flipped))
         if how == "gone":
             path.unlink()
         assert checksums.damage(whole), path
@@ -98,13 +101,25 @@ def test_the_one_before_is_taken(saved, tmp_path, capsys):
     assert (folder / "damaged-2-1").is_dir()
 
 
-def test_nothing_whole_is_the_beginning(saved, tmp_path, capsys):
+def test_nothing_whole_is_no_new_beginning(saved, tmp_path):
+    """The run is told, and nothing is moved."""
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     for step in ("1", "2"):
         (folder / step / "checksums.json").write_text("{")
-    assert restored(folder) is None
-    assert capsys.readouterr().err.count("is damaged (checksums.json cannot be read") == 2
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole, the newest of step 2 because check"):
+        restored(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(saved, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checksums, "_describe", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        restored(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2"]
 
 
 def test_a_half_written_one_is_cleared_away(saved, tmp_path):

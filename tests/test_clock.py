@@ -127,8 +127,17 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
     assert code == 0, said
     assert "goodput " in said
     rows = [row for row in workdir.read_rows(folder) if row["kind"] == "time"]
-    assert [row["step"] for row in rows] == [10, 20, 20, 30, 40, 40]  # the last of each start: its end
-    first, last = rows[1], rows[-1]
+    assert [row["step"] for row in rows] == [
+        0,
+        10,
+        20,
+        20,
+        20,
+        30,
+        40,
+        40,
+    ]  # also where a start begins and ends
+    first, last = rows[3], rows[-1]
     assert last["compile"] - first["compile"] < first["compile"]
     assert all(last[kind] > 0 for kind in set(SPENT) - {"lost"})
     assert [*(folder / "profile").rglob("*.xplane.pb")]

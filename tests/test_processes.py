@@ -53,6 +53,7 @@ def test_two_processes_told_to_stop_go_on_as_one(tmp_path):
     for run in (folder, whole):
         code, said = cluster.run(cluster.command(run, **more))
         assert code == 0, said
+        assert f"updates {saved if run == folder else 0} to" in said
     assert_same_losses(folder, whole)
 
 
@@ -96,6 +97,10 @@ def test_what_the_environment_asks_for(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     assert processes.named() == {"num_processes": 2, "process_id": 1}
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    with pytest.raises(UserError, match="but not JAX_COORDINATOR_ADDRESS"):
+        processes.named()
+    monkeypatch.delenv("JAX_NUM_PROCESSES")
+    monkeypatch.delenv("JAX_PROCESS_ID")
     assert processes.named() == {}
 
 

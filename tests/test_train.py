@@ -218,10 +218,11 @@ def test_a_finished_run_is_left_alone(whole, tiny, capsys):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path):
+def test_stop_and_resume_bit_for_bit(whole, tiny, tmp_path, capsys):
     loop.train(tiny(train__stop_after=2), tmp_path / "run")
     assert not (tmp_path / "run/eval.json").exists()
     loop.train(tiny(), tmp_path / "run")
+    assert "updates 2 to 4" in capsys.readouterr().err
     check_same_run(tmp_path / "run", whole, tiny())
 
 
@@ -276,7 +277,7 @@ loop.train(configs.from_flat(__import__("json").loads(sys.argv[3])), folder)
 """
 
 
-def test_kill_and_resume_bit_for_bit(whole, tiny, tmp_path):
+def test_kill_and_resume_bit_for_bit(whole, tiny, tmp_path, capsys):
     """SIGKILL in step 3, another process goes on from step 2; rows of the lost step are made anew."""
     folder, config = tmp_path / "run", tiny()
     words = [str(folder), "3", json.dumps(configs.to_flat(config))]
@@ -286,6 +287,7 @@ def test_kill_and_resume_bit_for_bit(whole, tiny, tmp_path):
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"kind": "train", "st')  # a line cut off
     loop.train(config, folder)
+    assert "updates 2 to 4" in capsys.readouterr().err
     check_same_run(folder, whole, config)
 
 

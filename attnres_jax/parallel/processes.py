@@ -32,7 +32,10 @@ def join() -> None:
 
 def named() -> dict[str, Any]:
     """Number and count of the processes, where the environment names the address to meet at."""
+    asked = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in os.environ]
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        if asked:
+            raise ClusterError(f"{asked[0]} is set, but not JAX_COORDINATOR_ADDRESS: set it to HOST:PORT")
         return {}
     return {"num_processes": _number("JAX_NUM_PROCESSES"), "process_id": _number("JAX_PROCESS_ID")}
 

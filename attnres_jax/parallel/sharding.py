@@ -63,9 +63,14 @@ def check(table: Sequence[Parameter], mesh: Mesh | AbstractMesh, batch: int, len
 
     `batch` are the sequences of one microbatch, `length` its predictions a sequence.
     """
-    _divides(mesh, BATCH, [("sequences of a microbatch", batch)])
-    _divides(mesh, ("tensor",), [("tokens of data.length", length), *_cut(table, "tensor")])
-    _divides(mesh, ("fsdp",), list(_cut(table, "fsdp")))
+    over = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch % over:
+        raise ConfigError(
+            f"mesh.data x mesh.fsdp = {over} does not divide the {batch} sequences of a microbatch: make "
+            f"data.batch a multiple of {over} x train.accumulation, or give mesh.tensor more of the devices"
+        )
+    _divides(mesh, "tensor", [("tokens of data.length", length), *_cut(table, "tensor")])
+    _divides(mesh, "fsdp", list(_cut(table, "fsdp")))
 
 
 def _cut(table, mesh_axis):
@@ -75,9 +80,9 @@ def _cut(table, mesh_axis):
                 yield f"{axis} of {parameter.path}", size
 
 
-def _divides(mesh, axes, lengths):
-    size, name = math.prod(mesh.shape[axis] for axis in axes), " x ".join(f"mesh.{axis}" for axis in axes)
+def _divides(mesh, axis, lengths):
+    size = mesh.shape[axis]
     for what, length in lengths:
         if length % size:
             fit = ", ".join(map(str, divisors(math.gcd(*(n for _, n in lengths)))))
-            raise ConfigError(f"{name} = {size} does not divide the {length} {what}: it may be {fit}")
+            raise ConfigError(f"mesh.{axis} = {size} does not divide the {length} {what}: it may be {fit}")

@@ -75,8 +75,9 @@ class Checkpoints:
 
     def restore(self, like: State) -> State | None:
         """The newest state, of the shapes and on the devices of `like`; None where nothing is saved."""
-        step = self._manager.latest_step()
-        if step is None:
+        newest = self._manager.latest_step()
+        step = processes.agree(-1 if newest is None else newest)
+        if step < 0:
             return None
         items = {"params": like.params, "optimizer": like.opt_state}
         loads = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
@@ -95,6 +96,9 @@ class Checkpoints:
         try:
             do()
         except (OSError, ValueError) as error:
+            # Orbax raises what TensorStore could not write as ValueError.
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+                raise
             if raises:
                 raise workdir.RunError(_unwritten(self._folder, str(error))) from None
 
@@ -106,7 +110,9 @@ def load_run(folder: Path, step: int | None = None) -> LoadedRun:
     saved = folder.absolute() / workdir.CHECKPOINTS
     step = _choose(folder, step, _steps(saved))
     if damage := checksums.damage(saved / str(step)):
-        raise workdir.RunError(f"the checkpoint of step {step} in {folder} is damaged: {damage}")
+        raise workdir.RunError(
+            f"the checkpoint of step {step} in {folder} is damaged ({damage}): name another with --step"
+        )
     like = _on_first_device(nnx.to_pure_dict(nnx.state(abstract(model))))
     with ocp.StandardCheckpointer() as reader:
         params = reader.restore(saved / str(step) / "params", like)
@@ -114,10 +120,20 @@ def load_run(folder: Path, step: int | None = None) -> LoadedRun:
 
 
 def _put_damaged_aside(folder: Path) -> None:
+    damaged: dict[int, str] = {}
     for step in sorted(_steps(folder), reverse=True):
         damage = checksums.damage(folder / str(step))
         if damage is None:
-            return
+            break
+        damaged[step] = damage
+    else:
+        if damaged:
+            step, damage = next(iter(damaged.items()))
+            raise workdir.RunError(
+                f"no checkpoint in {folder} is whole, the newest of step {step} because {damage}: bring one "
+                "back from a copy, or train into another --workdir"
+            )
+    for step, damage in damaged.items():
         names = (folder / f"damaged-{step}-{n}" for n in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         print(f"{folder / str(step)} is damaged ({damage}): put aside as {aside.name}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Where the wall-clock time of a run went: goodput, and MFU.
 
-Goodput is the share of all time, from the first start on, in which updates ran that were kept: not start-up,
-compilation, waiting for input, writing checkpoints, evaluation, nor work lost to a kill.
+Goodput is the share of the time of all starts in which updates ran that were kept: not start-up, compiling,
+waiting for input, writing checkpoints, evaluation, nor work lost to a kill, as far as it was logged.
 
 MFU (model FLOPs utilisation) is the model's training FLOPs per second, as `analysis.inspect` counts them
 (no causal saving, no rematerialisation), over the devices' peak of dense bf16 products.
@@ -15,7 +15,7 @@ from typing import Any
 from jax.experimental.pallas import tpu as pltpu
 
 SPENT = ("start", "compile", "input", "checkpoint", "evaluation", "stepping", "lost")
-# Dense bf16 FLOPs/s of one device, from the vendor's data sheets; TPUs are known to JAX.
+# Dense bf16 FLOPs/s of one device (SXM), from the vendor's data sheets; TPUs are known to JAX.
 GPU_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 

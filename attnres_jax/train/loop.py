@@ -29,6 +29,11 @@ def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) ->
     On the mesh of the config over `devices` (None: all there are), with all processes together.
     """
     since = time.perf_counter()
+    with stopping.lost_processes(), workdir.disk(folder), stopping.signals() as stop:
+        _train(config, folder, devices, stop, since)
+
+
+def _train(config, folder, devices, stop, since):
     # To resume: 1. the folder holds this config, or none yet.
     workdir.claim(folder, config)
     # 2. The text is whole.
@@ -39,18 +44,19 @@ def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) ->
     with Checkpoints(folder / workdir.CHECKPOINTS, keep.keep, keep.keep_every) as checkpoints:
         # 3. The newest checkpoint that is whole, on this mesh, or the beginning.
         state = checkpoints.restore(run.like) or run.create()
-        if _finished(config, folder, state):
-            _say(f"{folder} is finished: {config.train.steps} updates; nothing to do")
+        start, steps = int(state.step), config.train.steps
+        if workdir.finished(folder, start, steps):
+            _say(f"{folder} is finished: {steps} updates; nothing to do")
             return
         _say(_announcement(folder, config, state, run))
         # 4. The log as it was then.
-        log = MetricLog(folder, int(state.step), config, run, corpus, since)
-        profile = Trace(folder / workdir.PROFILE, config.profile.first, config.profile.last)
-        with log, stopping.lost_processes(), stopping.signals() as stop, profile as trace:
+        log = MetricLog(folder, start, config, run, corpus, since)
+        with log, Trace(folder / workdir.PROFILE, config.profile.first, config.profile.last) as trace:
+            log.time(start)
             loop = _Loop(config, run, corpus, checkpoints, log)
             # 5. Batches from there on: the step is their position.
             state = loop.steps(state, batches, stop, trace)
-            if int(state.step) == config.train.steps:
+            if int(state.step) == steps:
                 loop.finish(state, folder)
             elif stop.why:
                 _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
@@ -126,10 +132,6 @@ class _Loop(NamedTuple):
             out = jax.device_get(out)
             check_finite(step, out, self.run.names)
             self.log.train(step, out)
-
-
-def _finished(config, folder, state):
-    return int(state.step) == config.train.steps and (folder / workdir.EVALUATION).is_file()
 
 
 def _announcement(folder, config, state, run):

@@ -5,10 +5,13 @@ known), "depth" (statistics of every sublayer), "eval" (held-out text), "time" (
 spent on).
 """
 
+import contextlib
+import errno
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,7 +39,7 @@ class MetricLog:
     """
 
     def __init__(self, folder: Path, start: int, config: Config, run: Programs, corpus: Corpus, since: float):
-        rows = workdir.read_rows(folder)
+        rows = workdir.read_rows(folder) if processes.first() else []
         kept = [row for row in rows if row["step"] <= start]
         self.clock = Clock.resumed(kept, rows, since)
         self._config, self._model, self._corpus = config, run.model, corpus
@@ -62,11 +65,12 @@ class MetricLog:
             self._bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
         self._bar.stop()
-        if self._file and self._board:
-            self._board.close()
-            self._file.close()
+        # What cannot be written either must not hide what failed first.
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+            for open_file in filter(None, (self._file, self._board)):
+                open_file.close()
 
     def ready(self) -> None:
         """Compilation is over: speed is measured from here."""
@@ -118,8 +122,8 @@ class MetricLog:
         weights = values.pop("weights")
         if weights.shape[1] == 1:  # one source: nothing is weighed
             del values["entropy"]
-        elif self._board:
-            self._board.add_image("weights", self._picture(weights, step), step, dataformats="HWC")
+        elif board := self._living_board():
+            board.add_image("weights", self._picture(weights, step), step, dataformats="HWC")
         for name, by_depth in values.items():
             labels = (f"{at + 1:03}" for at in range(len(by_depth)))
             self._scalars(name, step, dict(zip(labels, by_depth, strict=True)))
@@ -146,8 +150,15 @@ class MetricLog:
 
     def _scalars(self, group, step, values):
         for name, value in values.items():
-            if self._board:
-                self._board.add_scalar(f"{group}/{name}", float(value), step)
+            if board := self._living_board():
+                board.add_scalar(f"{group}/{name}", float(value), step)
+
+    def _living_board(self):
+        """Its thread ends where it cannot write; whoever goes on to hand it events waits for ever."""
+        writer: Any = self._board and self._board.file_writer
+        if self._board and not writer.event_writer._worker.is_alive():
+            raise OSError(errno.EIO, "the thread that writes for TensorBoard has ended", self._board.logdir)
+        return self._board
 
     def _say(self, line):
         if not self._console.is_terminal:

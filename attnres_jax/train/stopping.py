@@ -1,7 +1,7 @@
 """When a run stops before its end: signals, on one process and on several, and workers that died.
 
 SIGTERM and SIGINT save and stop. With several processes JAX's preemption service tells all of them the same
-step to save at, whichever of them was told; a second signal ends a process at once.
+step to save at, whichever of them was told. On one process a second signal ends it at once.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ def signals() -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number, frame):
-        signal.signal(number, before[number])
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
         else:

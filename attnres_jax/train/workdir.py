@@ -3,7 +3,9 @@
 With several processes all must see the same folder; the first one writes, but for checkpoints and traces.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from attnres_jax import configs
 from attnres_jax.analysis.compare import BOOKKEEPING
 from attnres_jax.configs import Config
 from attnres_jax.parallel import processes
+from attnres_jax.train import data
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "eval.json"
 CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
@@ -22,7 +25,7 @@ class RunError(configs.UserError):
 
 def claim(workdir: Path, config: Config) -> None:
     """Make `workdir` the folder of this run; raise `RunError` if it is another's."""
-    wanted = configs.to_flat(config)
+    wanted, held = configs.to_flat(config), {}
     if (workdir / CONFIG).is_file():
         held = configs.to_flat(load_config(workdir))
         for key in wanted:
@@ -33,10 +36,34 @@ def claim(workdir: Path, config: Config) -> None:
                 )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if processes.first():
+        if processes.first() and held != wanted:
             write_json(workdir / CONFIG, wanted)
     except OSError as error:
         raise RunError(f"{workdir} cannot be written ({error.strerror}): take another --workdir") from None
+
+
+def finished(workdir: Path, step: int, steps: int) -> bool:
+    """Whether a run that has made `step` of its `steps` updates has been evaluated too.
+
+    An evaluation of updates that were lost since then is deleted.
+    """
+    evaluation = workdir / EVALUATION
+    found = bool(processes.agree(int(evaluation.is_file())))
+    if found and step < steps and processes.first():
+        evaluation.unlink()
+    return found and step == steps
+
+
+@contextlib.contextmanager
+def disk(workdir: Path) -> Iterator[None]:
+    """What the disk refuses is told in a line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or workdir}: {error.strerror or error}. Mend that (is the disk full?): the "
+            "same command goes on from the last checkpoint"
+        ) from error
 
 
 def load_config(workdir: Path) -> Config:
@@ -63,7 +90,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text)
+    data.write(draft, text.encode())
     draft.replace(path)
 
 
