@@ -17,7 +17,7 @@ from attnres_jax.analysis import inspect
 from attnres_jax.configs.base import KEYS
 from attnres_jax.models import sample
 from attnres_jax.models.tokenizer import Bytes
-from attnres_jax.train import checkpoint, data, evaluate, loop, runs
+from attnres_jax.train import checkpoint, data, evaluate, loop, runs, workdir
 
 COMMANDS = ("train", "eval", "sample", "compare", "inspect", "data")
 
@@ -108,7 +108,7 @@ def test_compare(called):
 
 def test_inspect(called, quick_run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    report, load = called(inspect, "report"), called(checkpoint, "load_run", quick_run)
+    report, load = called(inspect, "report"), called(workdir, "load_config", quick_run.config)
     words = ["--config=quick:block", "--config.block_size=3", "--config.data.length=9"]
     assert __main__.main(["inspect", *words]) == 0
     model, length = report.call_args.args
