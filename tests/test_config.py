@@ -213,7 +213,7 @@ def test_what_is_said_about_names(name, overrides, message):
 
 
 def test_configs_of_the_package():
-    assert configs.names() == ("lm", "quick")
+    assert configs.names() == ("lm", "quick", "technical")
     schemes = {arg: configs.load(f"quick:{arg}").residual for arg in ("plain", "block", "full")}
     assert schemes == {arg: arg for arg in schemes}
     assert configs.load("quick") == configs.load("quick:block")

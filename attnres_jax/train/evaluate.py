@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 
 from attnres_jax.configs import Config
-from attnres_jax.parallel.mesh import from_rows, make_mesh
+from attnres_jax.parallel.mesh import from_rows, make_mesh, whole
 from attnres_jax.train import checkpoint, workdir
 from attnres_jax.train.data import Corpus, Windows, heldout_windows, open_corpus
 from attnres_jax.train.loss import configured, document_end
@@ -70,7 +70,7 @@ def main(folder: Path, step: int | None) -> None:
     """Evaluate a run on the whole held-out text; print, and write eval-STEP.json into its folder."""
     run = checkpoint.load_run(folder, step)
     corpus = open_corpus(run.config.data.corpus)
-    place = NamedSharding(make_mesh({"data": 1}, jax.local_devices()[:1]), PartitionSpec())
+    place = whole(make_mesh({"data": 1}, jax.local_devices()[:1]))
     nats = jax.jit(partial(position_nats, configured(run.config, corpus.vocab, corpus.end)))
     found = heldout(partial(nats, run.model), run.config, corpus, 0, place)
     path = folder / f"eval-{run.step}.json"

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from jax import stages
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from attnres_jax import configs
@@ -19,9 +18,8 @@ from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
 from attnres_jax.models.table import path_name
 from attnres_jax.models.transformer import ModelConfig
+from attnres_jax.parallel import mesh as meshes
 from attnres_jax.parallel import sharding
-from attnres_jax.parallel.mesh import make_mesh, placement
-from attnres_jax.parallel.mesh import tokens as token_sharding
 from attnres_jax.train import state
 from attnres_jax.train.loss import NextToken, configured, document_end, documents, objective, predictions
 from attnres_jax.train.optim import optimizer
@@ -73,14 +71,13 @@ def programs(
     Raises:
       UserError: where mesh and model, or chunks or documents and corpus, do not fit together.
     """
-    model, mesh = configs.model_config(config, vocab), make_mesh(config.mesh.to_dict(), devices)
-    table, place, whole = parameters(model), placement(mesh), NamedSharding(mesh, P())
+    model, mesh = configs.model_config(config, vocab), meshes.make_mesh(config.mesh.to_dict(), devices)
+    table, place, whole = parameters(model), meshes.placement(mesh), meshes.whole(mesh)
     sharding.check(table, mesh, config.data.batch // config.train.accumulation, config.data.length)
     tx = optimizer(config, table)
     create = partial(state.create, model, tx, config.seed)
     places = sharding.shardings(jax.eval_shape(create), table, mesh)
-    batch = token_sharding(mesh)
-
+    batch = meshes.tokens(mesh)
     predict, end = configured(config, vocab, end, place), document_end(config, end)
 
     def step(now, tokens):
