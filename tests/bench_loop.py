@@ -3,7 +3,7 @@
     python tests/bench_loop.py
 
 For 12 and 48 transformer blocks (or those named) of tiny width it runs 200 updates by `loop.train`, which
-logs every tenth, and 200 by nothing but the compiled program on one batch, in turns of 50; prints the medians.
+logs every tenth, and 200 by the compiled program alone on one batch, in turns of 50; prints the medians.
 """
 
 import itertools
