@@ -1,7 +1,9 @@
 """Eight devices compute what one does, and a read over depth never communicates."""
 
 import re
+import shutil
 
+import cluster
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from attnres_jax import configs, depth
 from attnres_jax.models.table import path_name
 from attnres_jax.parallel import mesh, sharding
-from attnres_jax.train import step
+from attnres_jax.train import loop, step
 
 VOCAB = 64
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
@@ -232,3 +234,28 @@ def test_batches_by_rows_are_the_batch():
     for at in (0, 9, 31):
         parts = [batches.rows(at, first, last) for first, last in ((0, 2), (2, 3), (3, 6))]
         np.testing.assert_array_equal(np.concatenate(parts), batches[at])
+
+
+@pytest.mark.slow
+def test_stop_and_resume_on_eight_devices(tmp_path, capsys):
+    """Bit for bit on the same mesh; from there on one device to fp32 rounding, with the same data."""
+    devices = jax.devices()
+
+    def run(name, shape=(2, 2, 2), **changes):
+        made = config(
+            shape, train__steps=6, train__log_every=1, train__eval_tokens=256, optim__warmup=2, **changes
+        )
+        loop.train(made, tmp_path / name, devices[: int(np.prod(shape))])
+
+    run("whole")
+    run("stopped", train__stop_after=3)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "moved")
+    run("stopped")
+    run("moved", (1, 1, 1))
+    assert capsys.readouterr().err.count("updates 3 to 6") == 2
+    whole, stopped, moved = (cluster.losses(tmp_path / name) for name in ("whole", "stopped", "moved"))
+    assert whole == stopped
+    assert list(moved) == list(whole)
+    np.testing.assert_allclose([*moved.values()], [*whole.values()], rtol=1e-5)
+    evaluated = [(tmp_path / name / "eval.json").read_text() for name in ("whole", "stopped")]
+    assert evaluated[0] == evaluated[1]
