@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnres_jax.axes import compute_dtype
 from attnres_jax.configs import Config, UserError
 from attnres_jax.models.transformer import logits
+from attnres_jax.parallel.mesh import divisors
 from attnres_jax.placement import Placement
 
 
@@ -36,8 +37,7 @@ def configured(
     """
     chunks = config.train.vocab_chunks
     if vocab % chunks:
-        divisors = (n for n in range(1, vocab + 1) if vocab % n == 0)
-        near = sorted(divisors, key=lambda n: abs(n - chunks))[:2]
+        near = sorted(divisors(vocab), key=lambda n: abs(n - chunks))[:2]
         raise UserError(
             f"train.vocab_chunks = {chunks} must be a divisor of the corpus's vocabulary of {vocab}, "
             f"such as {' or '.join(map(str, near))}"
