@@ -41,3 +41,10 @@ class Placement:
         specs = (PartitionSpec(), *specs)
         mapped = jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=axes)
         return mapped(w, *args)
+
+
+def platform(placement: Placement | None = None) -> str:
+    """What a program is traced for: the platform of its mesh, or of the abstract mesh in use (a compiler's
+    target that is not at hand), or of the default device."""
+    mesh = placement.mesh.abstract_mesh if placement else jax.sharding.get_abstract_mesh()
+    return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
+from attnres_jax.models.attention import attend as attention_over_time
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
 from attnres_jax.placement import Placement
@@ -29,7 +30,8 @@ REMAT = {
 class ModelConfig:
     """Sizes and choices; `blocks` are transformer blocks, `block_size` counts sublayers (two per block).
 
-    `remat` says what a sublayer keeps for the backward pass, beside the stream that enters it.
+    `remat` says what a sublayer keeps for the backward pass, beside the stream that enters it; `attention`
+    what attends over time (`models.attention.choose`).
     """
 
     vocab: int
@@ -44,6 +46,7 @@ class ModelConfig:
     tied: bool = True
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["nothing", "dots", "everything"] = "nothing"
+    attention: Literal["auto", "xla", "flash"] = "auto"
     residual: str = "block"
     block_size: int = 8
 
@@ -126,10 +129,11 @@ class Transformer(nnx.Module):
         """All but the head, for a loss that never holds the logits whole."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+        attention = "xla" if implementation == "reference" else self.config.attention
+        attend = partial(attention_over_time, implementation=attention, placement=placement)
         depth = through_depth(
             *(self.config.scheme, self.mix.mix, self.config.kinds),
-            {k: _layer(stack, positions, mask) for k, stack in self.layers.items()},
+            {k: _layer(stack, positions, segments, attend) for k, stack in self.layers.items()},
             self.embed(tokens),
             policy=REMAT[self.config.remat],
             implementation=implementation,
@@ -159,13 +163,13 @@ def _stacked(make, count, rngs):
     return nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(count))
 
 
-def _layer(stack, positions, mask):
+def _layer(stack, positions, segments, attend):
     graph, params = nnx.split(stack)
 
     def norm(params, h):
         return nnx.merge(graph, params).norm(h)
 
     def apply(params, x, _):
-        return nnx.merge(graph, params)(x, positions, mask), None
+        return nnx.merge(graph, params)(x, positions, segments, attend), None
 
     return Layer(norm, apply, params)
