@@ -239,7 +239,7 @@ KEYS: dict[str, Key] = {
         "auto",
         Choice(("auto", "xla", "flash")),
         "",
-        "flash: a kernel without scores in memory (TPU, GPU)",
+        "flash: a kernel that stores no scores",
     ),
     "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
     "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from attnres_jax import configs
 from attnres_jax.bench import target
 
 
@@ -64,6 +65,21 @@ def _traffic(args):
     _child("traffic", args)
 
 
+def _step_arguments(parser):
+    add = parser.add_argument
+    add("--config", required=True, metavar="CONFIG", help="as train takes it, also --config.KEY=VALUE")
+    text = "of the three arms, there and back (default 20)"
+    add("--rounds", type=whole, default=20, metavar="N", help=text)
+    add("--out", metavar="FILE", help="JSON to write")
+
+
+def _step(args):
+    config = configs.load(args.config, args.overrides)
+    from attnres_jax.bench import step
+
+    step.main(config, args.rounds, args.out)
+
+
 def _child(module, args):
     values = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | None)}
     code = target.run(module, [json.dumps(values)])
@@ -72,6 +88,10 @@ def _child(module, args):
 
 
 COMMANDS = {
+    "step": Command(
+        *(_step, _step_arguments),
+        "Time a train step of plain, Full and Block on the devices at hand, in turns.",
+    ),
     "traffic": Command(
         *(_traffic, _traffic_arguments),
         "Bytes and roofline time of a train step compiled for a TPU, with no TPU.",

@@ -27,11 +27,11 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 class Kernel(NamedTuple):
-    """What one call of a Mosaic kernel costs, where the compiler's text does not tell."""
+    """What one call of a Mosaic kernel costs: the compiler's text does not tell."""
 
-    read: float
-    written: float
     flops: float
+    moved: tuple[float, float] | None = None
+    """Bytes read and written; None: its operands and results, whole."""
 
 
 class Row(NamedTuple):
@@ -116,7 +116,9 @@ def _cost(module, computation, i, kernels):
     if i.opcode in ("dynamic-update-slice", "scatter"):
         update = computation.instructions[i.operands[1 if i.opcode[0] == "d" else -1]]
         return update.hbm, update.shapes[0].bytes if i.hbm else 0, 0
-    return _read(computation, i), i.hbm, _product(computation, i)
+    read = _read(computation, i)
+    sourced = i.opcode in ("all-gather-start", "collective-permute-start")  # the result holds the source
+    return read, i.hbm - read if sourced else i.hbm, _product(computation, i)
 
 
 def _read(computation, i):
@@ -134,8 +136,8 @@ def _custom(computation, i, kernels):
     if 'custom_call_target="tpu_custom_call"' not in i.attributes:
         allocates = "AllocateBuffer" in i.attributes
         return (0, 0, 0) if allocates else (_read(computation, i), i.hbm, 0)
-    known = kernels.get(kernel_name(i.name))
-    return known or (_read(computation, i), i.hbm, 0)
+    known = kernels.get(kernel_name(i.name), Kernel(0.0))
+    return *(known.moved or (_read(computation, i), i.hbm)), known.flops
 
 
 def kernel_name(instruction: str) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {
-    **{"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8},
-    **{"u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1},
+    **{"token": 0.0, "s4": 0.5, "u4": 0.5, "pred": 1.0, "s8": 1.0, "u8": 1.0, "f8e4m3fn": 1.0, "f8e5m2": 1.0},
+    **{"s16": 2.0, "u16": 2.0, "f16": 2.0, "bf16": 2.0, "s32": 4.0, "u32": 4.0, "f32": 4.0},
+    **{"s64": 8.0, "u64": 8.0, "f64": 8.0, "c64": 8.0},
 }
 _SHAPE = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _START = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)", re.DOTALL)
@@ -39,7 +40,7 @@ class Shape(NamedTuple):
     @property
     def hbm(self) -> float:
         """Bytes if it lies in HBM, else 0."""
-        return 0 if self.space else self.bytes
+        return 0.0 if self.space else self.bytes
 
 
 class Instruction(NamedTuple):
@@ -54,7 +55,7 @@ class Instruction(NamedTuple):
     @property
     def hbm(self) -> float:
         """Bytes of the result that lie in HBM."""
-        return sum(shape.hbm for shape in self.shapes)
+        return sum((shape.hbm for shape in self.shapes), 0.0)
 
     @property
     def op_name(self) -> str:

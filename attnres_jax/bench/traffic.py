@@ -17,7 +17,7 @@ import numpy as np
 
 from attnres_jax import configs
 from attnres_jax.bench import bound, cost, hlo, report, target
-from attnres_jax.bench.cost import Chip, Row
+from attnres_jax.bench.cost import Chip, Kernel, Row
 from attnres_jax.configs import Config, UserError, base
 from attnres_jax.train import step
 
@@ -85,6 +85,15 @@ def wide(row: Row, batch: int, length: int, width: int) -> bool:
     return inside or any(_activation(s.dims, batch, length, width) for s in row.shapes)
 
 
+def attention_kernels(shape: dict[str, Any]) -> dict[str, Kernel]:
+    """FLOPs of a call of splash on one device: two products forward, three for queries' cotangents, four for
+    keys' and values', of which causality leaves half. Their bytes are whole operands, each once."""
+    sequences = shape["data.batch"] // shape["mesh.fsdp"]
+    product = 2.0 * sequences * shape["data.length"] ** 2 * shape["model.width"] / 2
+    names = {"fwd_residuals": 2, "fwd_no_residuals": 2, "dq_no_residuals": 3, "dkv_no_residuals": 4}
+    return {f"splash_mha_{name}": Kernel(count * product) for name, count in names.items()}
+
+
 def _activation(dims, batch, length, width):
     tokens = dims[-3:] == (batch, length, width), dims[-2:] == (batch * length, width)
     return any(tokens)
@@ -95,7 +104,7 @@ def measure(program: Compiled, shape: dict[str, Any], chip: Chip) -> dict[str, A
     batch, length = shape["data.batch"] // shape["mesh.fsdp"], shape["data.length"]
     width, sublayers = shape["model.width"], 2 * shape["model.blocks"]
     td = batch * length * width * 2
-    rows = cost.rows(hlo.parse(program.text))
+    rows = cost.rows(hlo.parse(program.text), attention_kernels(shape))
     path = [row for row in rows if wide(row, batch, length, width)]
     return {
         "bytes": sum(row.bytes for row in rows),
