@@ -62,7 +62,7 @@ def _traffic_arguments(parser):
 
 
 def _traffic(args):
-    _child("traffic", args)
+    _exit(target.run("traffic", [json.dumps(_plain(args))]))
 
 
 def _step_arguments(parser):
@@ -80,17 +80,39 @@ def _step(args):
     step.main(config, args.rounds, args.out)
 
 
-def _child(module, args):
-    values = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | None)}
-    code = target.run(module, [json.dumps(values)])
+def _roofline_arguments(parser):
+    add = parser.add_argument
+    add("--chip", choices=target.SLICES, help="TPU to compile for (default: each in turn)")
+    add("--width", type=whole, default=2304, metavar="N", help="D (default 2304)")
+    add("--sources", type=whole, default=9, metavar="N", help="R of Phase 1 (default 9)")
+    add("--reads", type=whole, default=6, metavar="N", help="S of Phase 1 (default 6)")
+    add("--all", action="store_true", help="the full grid of D, R and S instead: hours")
+    add("--out", metavar="FILE", help="JSON lines to add to; what it has is not made again")
+
+
+def _roofline(args):
+    from attnres_jax.bench import roofline
+
+    _exit(roofline.run(_plain(args)))
+
+
+def _plain(args):
+    return {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | None)}
+
+
+def _exit(code):
     if code:
-        sys.exit(code)  # it has said why
+        sys.exit(code)  # the child has said why
 
 
 COMMANDS = {
     "step": Command(
         *(_step, _step_arguments),
         "Time a train step of plain, Full and Block on the devices at hand, in turns.",
+    ),
+    "roofline": Command(
+        *(_roofline, _roofline_arguments),
+        "Static cycles of the TPU kernels beside their DMA, compiled with no TPU.",
     ),
     "traffic": Command(
         *(_traffic, _traffic_arguments),
