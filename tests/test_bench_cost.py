@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from attnres_jax.bench import bound, cost, hlo
-from attnres_jax.bench.cost import Chip, Kernel
+from attnres_jax.bench.cost import Chip, Cost
 
 GOLDEN = Path(__file__).parent / "golden"
 ROW, MATRIX = 16 * 128 * 2, 128 * 128 * 2  # bytes of one [16,128] and of the [128,128] of the golden step
@@ -43,8 +43,16 @@ def test_products_are_counted(module):
 
 
 def test_a_table_says_what_a_kernel_moves(module):
-    row = by_name(cost.rows(module, {"read": Kernel(10.0, (3 * ROW, ROW))}))["read.7"]
+    def read(call):
+        seen.append(call)
+        return Cost(3 * ROW, ROW, 10.0)
+
+    seen = []
+    row = by_name(cost.rows(module, {"read": read}))["read.7"]
     assert (row.read, row.written, row.flops, row.bytes) == (3 * ROW, ROW, 10.0, 5 * 4 * ROW)
+    (call,) = seen
+    assert ([s.dims for s in call.operands], call.times) == ([(8, 16, 128), (16, 128)], 5)
+    assert [s.space for s in call.results] == [0, 1]
 
 
 def test_names_from_scopes(module):

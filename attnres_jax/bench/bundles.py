@@ -1,7 +1,7 @@
 """Static cycles of a TPU kernel from libtpu's dump of its final schedule: one bundle is one cycle.
 
 That is so where nothing stalls: the figure knows no latency of DMA and no conflict. A loop's body counts as
-often as the loop runs. What a grid step does only when the grid starts (`pl.when(step == 0)`) is counted apart.
+often as the loop runs. What a step does only when the grid starts (`pl.when(step == 0)`) is counted apart.
 """
 
 import re

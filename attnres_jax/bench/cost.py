@@ -10,7 +10,7 @@ because they do not fit VMEM, are not counted.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +26,25 @@ SLICES = ("dynamic-slice", "slice", "gather")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-class Kernel(NamedTuple):
-    """What one call of a Mosaic kernel costs: the compiler's text does not tell."""
+class Call(NamedTuple):
+    """A call of a Mosaic kernel, as a program has it."""
 
+    operands: tuple[Shape, ...]
+    results: tuple[Shape, ...]
+    times: float
+    """How often it runs in a step; above 1 in loops."""
+
+
+class Cost(NamedTuple):
+    """Bytes and FLOPs of one run."""
+
+    read: float
+    written: float
     flops: float
-    moved: tuple[float, float] | None = None
-    """Bytes read and written; None: its operands and results, whole."""
+
+
+Kernel = Callable[[Call], Cost]
+"""What a kernel costs: the compiler's text does not tell."""
 
 
 class Row(NamedTuple):
@@ -90,7 +103,7 @@ def _rows(module: Module, name: str, times: float, kernels: Mapping[str, Kernel]
             for called in i.called("to_apply", "calls"):
                 yield from _rows(module, called, times, kernels)
         elif i.opcode not in FREE and not i.opcode.endswith("-done"):
-            read, written, flops = _cost(module, computation, i, kernels)
+            read, written, flops = _cost(module, computation, i, kernels, times)
             if read or written or flops:
                 own = _kind(module, i), i.op_name, read, written, flops, times
                 yield Row(name, i.name, *own, _shapes(computation, i))
@@ -100,14 +113,14 @@ def _shapes(computation, i):
     return tuple(s for o in i.operands for s in computation.instructions[o].shapes) + i.shapes
 
 
-def _cost(module, computation, i, kernels):
+def _cost(module, computation, i, kernels, times):
     """(bytes read, bytes written, FLOPs) of one instruction that calls nothing but a fusion."""
     if i.opcode == "fusion":
         (called,) = i.called("calls")
         inner = module.computations[called]
         return *_fusion(module, computation, i, inner), flops(module, inner)
     if i.opcode == "custom-call":
-        return _custom(computation, i, kernels)
+        return _custom(computation, i, kernels, times)
     if i.opcode in ("copy-start", "slice-start"):
         return *_moved(computation, i), 0
     if i.opcode in ("dynamic-slice", "slice", "gather"):
@@ -132,12 +145,17 @@ def _moved(computation, i):
     return 0 if source.space else moved.bytes, moved.hbm
 
 
-def _custom(computation, i, kernels):
+def _custom(computation, i, kernels, times):
     if 'custom_call_target="tpu_custom_call"' not in i.attributes:
         allocates = "AllocateBuffer" in i.attributes
         return (0, 0, 0) if allocates else (_read(computation, i), i.hbm, 0)
-    known = kernels.get(kernel_name(i.name), Kernel(0.0))
-    return *(known.moved or (_read(computation, i), i.hbm)), known.flops
+    operands = tuple(shape for o in i.operands for shape in computation.instructions[o].shapes)
+    return kernels.get(kernel_name(i.name), whole)(Call(operands, i.shapes, times))
+
+
+def whole(call: Call, flops: float = 0.0) -> Cost:
+    """Operands and results, each once."""
+    return Cost(sum(s.hbm for s in call.operands), sum(s.hbm for s in call.results), flops)
 
 
 def kernel_name(instruction: str) -> str:

@@ -116,7 +116,8 @@ def _line(row):
     if "error" in row:
         return f"{what} {row['error'][:120]}"
     memory = f"VMEM {row['vmem_bytes'] / 2**20:.1f} MiB, spills {row['spilled']}+{row['filled']}"
-    return f"{what} {row['cycles']:6} cycles, {row['ratio']:.2f} of DMA, {memory}, {row['compile_seconds']:.0f} s"
+    took = f"compiled in {row['compile_seconds']:.0f} s"
+    return f"{what} {row['cycles']:6} cycles, {row['ratio']:.2f} of DMA, {memory}, {took}"
 
 
 def _measured(case, device, chip, dumps):
