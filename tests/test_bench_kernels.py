@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from test_bench import needs_libtpu
 
 from attnres_jax import __main__
-from attnres_jax.bench import bundles, grids, roofline
+from attnres_jax.bench import bundles, cost, grids, hlo, reads, roofline
 
+HLO = {"bfloat16": "bf16", "float32": "f32", "int32": "s32"}
 SCHEDULE = (Path(__file__).parent / "golden/kernel_final_bundles.txt").read_text()
 needs_kernels = pytest.mark.skipif(
     importlib.util.find_spec("pallas_kernels") is None, reason="pallas_kernels is not there yet"
@@ -143,6 +145,33 @@ def test_a_process_for_each_chip(monkeypatch):
     assert roofline.run({"chip": None}) == 3
     assert [chip for chip, _ in seen] == ["v4", "v5e", "v5p", "v6e"]
     assert len({flags for _, flags in seen}) == 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", roofline.KERNELS)
+def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
+    """A step's mean over n = 1 .. N, or over the S reads of a block, of which the first has no sum."""
+    monkeypatch.setattr(roofline, "TOKENS", 4096)
+    N, S = 4, 3
+    case = roofline.Case(kernel, 256, N + 1, S)
+    counted = jax.ShapeDtypeStruct((), "int32")
+    function, arguments = (
+        roofline._function(case, counted=case.op == "depth_mix"),
+        roofline._arguments(case, None),
+    )
+    if case.op == "depth_mix":
+        arguments = (*arguments, counted)
+        scalars, shares = [[n] for n in range(1, N + 1)], [n / (N + 1) for n in range(1, N + 1)]
+    else:
+        scalars, shares = [[j, j == 0] for j in range(S)], [0.0] * S
+    (found,) = grids.calls(jax.make_jaxpr(function)(*arguments).jaxpr)
+    moved = [grids.moved(found, [s], lambda _, p=p: p) for s, p in zip(scalars, shares, strict=True)]
+    shapes = [hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in found.invars]
+    results = [hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in found.outvars]
+    charged = reads.KERNELS[kernel](cost.Call(tuple(shapes), tuple(results), float(N)))
+    # A hidden sum is copied once; a prefetched scalar and small vectors may differ.
+    assert charged.read == pytest.approx(np.mean([m.read for m in moved]), rel=0.03)
+    assert charged.written == pytest.approx(np.mean([m.written for m in moved]), rel=0.03)
 
 
 @needs_libtpu

@@ -6,7 +6,6 @@ copied by the kernel itself: how much of them is for the caller to say.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +57,8 @@ def moved(call: Any, scalars: Sequence[Any], by_hand: Callable[[int], float] = l
 
 
 def _copies(grid, block, refs):
-    index = jax.jit(lambda steps: jnp.stack(jaxpr_as_fun(block.index_map_jaxpr)(*steps, *refs)))
-    at = [tuple(np.asarray(index([jnp.int32(s) for s in step]))) for step in np.ndindex(*grid)]
-    return 1 + sum(a != b for a, b in pairwise(at))
+    """How often the block of an operand changes while the steps pass in order, the first included."""
+    steps = jnp.asarray(list(np.ndindex(*grid)), jnp.int32)
+    index = jaxpr_as_fun(block.index_map_jaxpr)
+    at = np.stack(jax.vmap(lambda step: index(*step, *refs))(steps))
+    return 1 + int(np.any(at[:, 1:] != at[:, :-1], axis=0).sum())

@@ -1,8 +1,8 @@
-"""Bytes that a call of the depth kernels moves in a program, where its operands are buffers it reads a part of.
+"""Bytes that a call of the depth kernels moves in a program, where an operand is a buffer it reads a part of.
 
-Which rows are visible (n) and which is read (j) are values, not shapes; a step's mean is counted: in a loop over N
-blocks n takes each of 1 .. N, in a buffer of N + 1 rows; outside of loops all rows are visible. Of S reads of a
-block the first has no running sum. The kernels' own grids say the same (tests/test_bench_kernels.py).
+Which rows are visible (n) and which is read (j) are values, not shapes; a step's mean is counted: in a loop
+over N blocks n takes each of 1 .. N, in a buffer of N + 1 rows; outside of loops all rows are visible. Of S
+reads of a block the first has no running sum. The kernels' own grids say the same, as a test holds.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from attnres_jax.bench.hlo import Shape
 
 
 def mix(call: Call) -> Cost:
-    """Phase 1, forward or backward: sources and their cotangents [R, tokens / 16, 16, D], each visible row once."""
+    """Phase 1, both directions: sources and cotangents [R, tokens / 16, 16, D], each visible row once."""
     visible = 0.5 if call.times > 1 else 1.0
 
     def moved(shapes: Sequence[Shape]) -> float:
@@ -22,7 +22,7 @@ def mix(call: Call) -> Cost:
 
 
 def merge_forward(call: Call) -> Cost:
-    """Phase 2: row j of the mixtures [S, tokens, D]; the running sum [tokens, D], for all but the first read."""
+    """Phase 2: row j of the mixtures [S, tokens, D]; the running sum [tokens, D], but for the first read."""
     (reads,) = (s.dims[0] for s in call.operands if len(s.dims) == 3)
     rows = [s.hbm / reads if len(s.dims) == 3 else s.hbm for s in call.operands]
     return Cost(sum(rows) - _wide(call.operands) / reads, sum(s.hbm for s in call.results), 0.0)

@@ -189,9 +189,12 @@ def _scalars(case):
     return [case.sources] if case.op == "depth_mix" else [0, 0]
 
 
-def _function(case):
+def _function(case, counted=False):
+    """Of `_arguments`; `counted` takes one more, the number of visible rows."""
     function = getattr(importlib.import_module(f"pallas_kernels.{case.op}.tpu"), case.direction)
     if case.op == "depth_mix":
+        if counted:
+            return lambda w, v, *rest: function(w, (v,), (rest[-1],), *_tupled(rest[:-1]), eps=EPS)
         return lambda w, v, *rest: function(w, (v,), (None,), *_tupled(rest), eps=EPS)
     if case.direction == "forward":
         return lambda *a: function(*a, eps=EPS, norm_eps=EPS, keep_mixture=False)
@@ -207,7 +210,7 @@ def _arguments(case, device):
     import jax
     import jax.numpy as jnp
 
-    place = jax.sharding.SingleDeviceSharding(device)
+    place = device and jax.sharding.SingleDeviceSharding(device)
 
     def of(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

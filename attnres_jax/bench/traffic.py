@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from attnres_jax import configs
-from attnres_jax.bench import bound, cost, hlo, report, target
+from attnres_jax.bench import bound, cost, hlo, reads, report, target
 from attnres_jax.bench.cost import Chip, Kernel, Row
 from attnres_jax.configs import Config, UserError, base
 from attnres_jax.train import step
@@ -105,7 +105,7 @@ def measure(program: Compiled, shape: dict[str, Any], chip: Chip) -> dict[str, A
     batch, length = shape["data.batch"] // shape["mesh.fsdp"], shape["data.length"]
     width, sublayers = shape["model.width"], 2 * shape["model.blocks"]
     td = batch * length * width * 2
-    rows = cost.rows(hlo.parse(program.text), attention_kernels(shape))
+    rows = cost.rows(hlo.parse(program.text), attention_kernels(shape) | reads.KERNELS)
     path = [row for row in rows if wide(row, batch, length, width)]
     return {
         "bytes": sum(row.bytes for row in rows),
