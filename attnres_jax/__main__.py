@@ -1,4 +1,4 @@
-"""The command line: `python -m attnres_jax train|eval|sample|compare|inspect|data`.
+"""The command line: `python -m attnres_jax train|eval|sample|compare|inspect|data|bench`.
 
 Each command imports what it needs when it runs, so that help and mistakes are answered at once. A
 mistake of the user's ends in one line and exit code 2; another exception is a bug, shown whole.
@@ -188,6 +188,16 @@ def _data(args):
     prepare(Recipe(args.text, globs, args.out, args.tokenizer, vocab, args.heldout))
 
 
+def _bench_arguments(parser):
+    from attnres_jax.bench import commands
+
+    commands.declare(parser)
+
+
+def _bench(args):
+    args.measured(args)
+
+
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0, such as 100")
@@ -252,6 +262,11 @@ COMMANDS = {
         *(_data, _data_arguments),
         "Turn a folder of text into tokens that a model can be trained on.",
         "prepare --text=texts --glob='**/*.md' --out=corpora/mine --tokenizer=bpe",
+    ),
+    "bench": Command(
+        *(_bench, _bench_arguments),
+        "Measure: bytes and times of a train step, of the kernels.",
+        "traffic --chip=v5p --blocks=16 --block-size=4 --width=2304",
     ),
 }
 

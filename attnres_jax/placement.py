@@ -42,11 +42,14 @@ class Placement:
             return op(jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying"), shared), *args)
 
         around = jax.sharding.get_abstract_mesh()
-        mesh, free = (
-            (around if around.manual_axes else self.mesh),
-            {*self.mesh.axis_names} - {*around.manual_axes},
-        )
+        free = {*self.mesh.axis_names} - {*around.manual_axes}
+        where = {"mesh": around if around.manual_axes else self.mesh, "axis_names": free}
         specs = (PartitionSpec(), *specs)
-        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, axis_names=free)(
-            shared, *args
-        )
+        return jax.shard_map(run, in_specs=specs, out_specs=out_specs, **where)(shared, *args)
+
+
+def platform(placement: Placement | None = None) -> str:
+    """What a program is traced for: the platform of its mesh, or of the abstract mesh in use (a compiler's
+    target that is not at hand), or of the default device."""
+    mesh = placement.mesh.abstract_mesh if placement else jax.sharding.get_abstract_mesh()
+    return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()

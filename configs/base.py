@@ -235,6 +235,12 @@ KEYS: dict[str, Key] = {
         "",
         "what a sublayer keeps for backward",
     ),
+    "model.attention": Key(
+        "auto",
+        Choice(("auto", "xla", "flash")),
+        "",
+        "flash: a kernel that stores no scores",
+    ),
     "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
     "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),
     "mesh.tensor": Key(1, Share(), "devices", "that divide heads, MLP channels, vocabulary and time"),

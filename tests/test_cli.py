@@ -19,7 +19,7 @@ from attnres_jax.models import sample
 from attnres_jax.models.tokenizer import Bytes
 from attnres_jax.train import checkpoint, data, evaluate, loop, runs, workdir
 
-COMMANDS = ("train", "eval", "sample", "compare", "inspect", "data")
+COMMANDS = ("train", "eval", "sample", "compare", "inspect", "data", "bench")
 
 
 @pytest.fixture

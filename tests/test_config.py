@@ -24,6 +24,12 @@ def draw_valid(rng):
     return flat
 
 
+def draw_runnable(rng):
+    """As above, but what this platform cannot run: no kernel of attention is for a CPU."""
+    flat = draw_valid(rng)
+    return flat | {"model.attention": flat["model.attention"].replace("flash", "auto")}
+
+
 def draw_breaker(rng, rule):
     """Legal values, of which only `rule` says that they cannot be together."""
     while True:
@@ -96,7 +102,7 @@ def test_bad_overrides_end_in_one_line(seed):
 
 @pytest.mark.parametrize("seed", range(DRAWS))
 def test_valid_configs_trace(seed):
-    flat = draw_valid(np.random.default_rng(seed))
+    flat = draw_runnable(np.random.default_rng(seed))
     config = configs.from_flat(flat)
     model = configs.model_config(config, vocab=17)
     tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length), jnp.int32)
@@ -108,7 +114,7 @@ def test_valid_configs_trace(seed):
 @pytest.mark.parametrize("seed", range(0, DRAWS, 20))
 def test_valid_configs_trace_an_update(seed):
     """The optimizer and accumulation too: one update gives a state of the same shapes and dtypes."""
-    config = configs.from_flat(draw_valid(np.random.default_rng(seed)))
+    config = configs.from_flat(draw_runnable(np.random.default_rng(seed)))
     run = step.programs(config, 17 * config.train.vocab_chunks, end=3)
     tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), jnp.int32)
     state = jax.eval_shape(run.create)
@@ -132,6 +138,7 @@ def test_model_gets_every_key():
         "model.tied": False,
         "model.dtype": "bfloat16",
         "model.remat": "dots",
+        "model.attention": "xla",
     }
     model = configs.model_config(configs.from_flat(flat), vocab=9)
     for name, value in flat.items():

@@ -26,6 +26,7 @@ LEVELS = (
     ("analysis",),
     ("train",),
     ("inference",),
+    ("bench",),
     ("__main__",),
 )
 RANK = {name: rank for rank, level in enumerate(LEVELS) for name in level}

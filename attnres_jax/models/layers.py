@@ -1,13 +1,15 @@
 """Sublayers of a language model: each has a pre-norm and is a function of the normed input."""
 
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attnres_jax.axes import compute_dtype
+
+Attend = Callable[[Array, Array, Array, Array | None], Array]
 
 
 class Attention(nnx.Module):
@@ -27,11 +29,12 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B 1 T T"] | None,
+        segments: Int[Array, "B T"] | None,
+        attend: Attend,
     ) -> Float[Array, "B T D"]:
-        """`x` is normed; `mask` is True where a token may look, on top of causality."""
+        """`x` is normed; `attend(q, k, v, segments)` is causal attention, see `models.attention`."""
         q, k = rope(self.query(x), positions, self.theta), rope(self.key(x), positions, self.theta)
-        return self.out(attend(q, k, self.value(x), mask))
+        return self.out(attend(q, k, self.value(x), segments))
 
 
 class SwiGLU(nnx.Module):
@@ -44,24 +47,9 @@ class SwiGLU(nnx.Module):
         self.gate, self.up = nnx.Linear(D, F, **make), nnx.Linear(D, F, **make)
         self.down = nnx.Linear(F, D, **make)
 
-    def __call__(self, x: Float[Array, "B T D"], positions, mask) -> Float[Array, "B T D"]:
-        """`x` is normed; positions and mask are what every sublayer is given."""
+    def __call__(self, x: Float[Array, "B T D"], positions, segments, attend) -> Float[Array, "B T D"]:
+        """`x` is normed; the others are what every sublayer is given."""
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
-
-
-def attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
-    mask: Bool[Array, "B 1 T T"] | None,
-) -> Float[Array, "B T H K"]:
-    """Causal attention, G keys for H heads. JAX's own rounds the weights to fp32; fp64 has to stay fp64."""
-    if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-    k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
-    seen = jnp.tri(q.shape[1], dtype=bool) & (True if mask is None else mask)
-    score = jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
-    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(seen, score, -jnp.inf)), v)
 
 
 def types(config: Any) -> dict[str, Any]:

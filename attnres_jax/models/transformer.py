@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
 from attnres_jax.depth import RMSNorm
+from attnres_jax.models.attention import attend as attention_over_time
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
 from attnres_jax.placement import Placement
@@ -30,7 +31,8 @@ REMAT = {
 class ModelConfig:
     """Sizes and choices; `blocks` are transformer blocks, `block_size` counts sublayers (two per block).
 
-    `remat` says what a sublayer keeps for the backward pass, beside the stream that enters it.
+    `remat` says what a sublayer keeps for the backward pass, beside the stream that enters it; `attention`
+    what attends over time (`models.attention.choose`).
     """
 
     vocab: int
@@ -45,6 +47,7 @@ class ModelConfig:
     tied: bool = True
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["nothing", "dots", "everything"] = "nothing"
+    attention: Literal["auto", "xla", "flash"] = "auto"
     residual: str = "block"
     block_size: int = 8
 
@@ -127,10 +130,11 @@ class Transformer(nnx.Module):
         """All but the head, for a loss that never holds the logits whole."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+        attention = "xla" if implementation == "reference" else self.config.attention
+        attend = partial(attention_over_time, implementation=attention, placement=placement)
         depth = through_depth(
             *(self.config.scheme, self.mix.mix, self.config.kinds),
-            {k: _layer(stack, positions, mask) for k, stack in self.layers.items()},
+            {k: _layer(stack, positions, segments, attend) for k, stack in self.layers.items()},
             self.embed(tokens),
             policy=REMAT[self.config.remat],
             implementation=implementation,
@@ -160,7 +164,7 @@ def _stacked(make, count, rngs):
     return nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(count))
 
 
-def _layer(stack, positions, mask):
+def _layer(stack, positions, segments, attend):
     graph, params = nnx.split(stack)
 
     def norm(params):
@@ -168,6 +172,6 @@ def _layer(stack, positions, mask):
         return RMSNorm(own.scale[...], own.epsilon)
 
     def apply(params, x, _):
-        return nnx.merge(graph, params)(x, positions, mask), None
+        return nnx.merge(graph, params)(x, positions, segments, attend), None
 
     return Layer(norm, apply, params)

@@ -16,6 +16,7 @@ from attnres_jax import configs
 from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
 from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
+from attnres_jax.models import attention
 from attnres_jax.models.table import path_name
 from attnres_jax.models.transformer import ModelConfig
 from attnres_jax.parallel import mesh as meshes
@@ -74,6 +75,7 @@ def programs(
     model, mesh = configs.model_config(config, vocab), meshes.make_mesh(config.mesh.to_dict(), devices)
     table, place, whole = parameters(model), meshes.placement(mesh), meshes.whole(mesh)
     sharding.check(table, mesh, config.data.batch // config.train.accumulation, config.data.length)
+    _check_attention(config, mesh)
     tx = optimizer(config, table)
     create = partial(state.create, model, tx, config.seed)
     places = sharding.shardings(jax.eval_shape(create), table, mesh)
@@ -104,6 +106,15 @@ def programs(
             out_shardings=whole,
         ),
     )
+
+
+def _check_attention(config, mesh):
+    m, on = config.model, mesh.devices.flat[0].platform
+    sizes = config.data.length, m.width // m.heads, m.dtype, config.data.segments
+    try:
+        attention.choose(m.attention, on, *sizes)
+    except ValueError as problem:
+        raise configs.ConfigError(f"model.{problem}") from None
 
 
 def position_nats(

@@ -1,0 +1,1 @@
+"""Measuring tools: `python -m attnres_jax bench ...`."""

@@ -1,0 +1,54 @@
+"""Bytes that a call of the depth kernels moves in a program, where an operand is a buffer it reads a part of.
+
+Which rows are visible (n) and which is read (j) are values, not shapes; a step's mean is counted: in a loop
+over N blocks n takes each of 1 .. N, in a buffer of N + 1 rows; outside of loops all rows are visible. Of S
+reads of a block the first has no running sum. The kernels' own grids say the same, as a test holds.
+"""
+
+from collections.abc import Sequence
+
+from attnres_jax.bench.cost import Call, Cost, Kernel
+from attnres_jax.bench.hlo import Shape
+
+
+def mix(call: Call) -> Cost:
+    """Phase 1, both directions: sources and cotangents [R, tokens / 16, 16, D], each visible row once."""
+    visible = 0.5 if call.times > 1 else 1.0
+
+    def moved(shapes: Sequence[Shape]) -> float:
+        return sum(s.hbm * (visible if len(s.dims) == 4 and s.dims[2] == 16 else 1.0) for s in shapes)
+
+    return Cost(moved(call.operands), moved(call.results), 0.0)
+
+
+def merge_forward(call: Call) -> Cost:
+    """Phase 2: row j of the mixtures [S, tokens, D]; the running sum [tokens, D], but for the first read."""
+    (reads,) = (s.dims[0] for s in call.operands if len(s.dims) == 3)
+    rows = [s.hbm / reads if len(s.dims) == 3 else s.hbm for s in call.operands]
+    return Cost(sum(rows) - _wide(call.operands) / reads, sum(s.hbm for s in call.results), 0.0)
+
+
+def merge_backward(call: Call) -> Cost:
+    """Cotangents of the mixtures are written, row j, and not read; the sum and its cotangent as forward."""
+    mixtures = [s for s in call.operands if len(s.dims) == 3]
+    reads = mixtures[0].dims[0]
+    rest = [s for s in call.operands if len(s.dims) != 3]
+    stream = max((s.hbm for s in rest), default=0.0)
+    read = sum(s.hbm for s in rest) - 2 * stream / reads + mixtures[-1].hbm / reads
+    big = [s for s in call.results if s.dims[:1] == (reads,) and len(s.dims) == 3]
+    written = sum(s.hbm for s in call.results) - sum(s.hbm for s in big) * (1 - 1 / reads) - stream / reads
+    return Cost(read, written, 0.0)
+
+
+def _wide(operands):
+    """Bytes of the running sum: the widest operand of two axes."""
+    return max((s.hbm for s in operands if len(s.dims) == 2), default=0.0)
+
+
+KERNELS: dict[str, Kernel] = {
+    "depth_mix_forward": mix,
+    "depth_mix_backward": mix,
+    "depth_merge_forward": merge_forward,
+    "depth_merge_backward": merge_backward,
+}
+"""By the names given to `pallas_call`."""

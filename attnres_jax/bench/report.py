@@ -1,0 +1,45 @@
+"""What every report of a measurement says beside its numbers, and how it is written."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
+ROOT = Path(__file__).parents[2]
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Device, versions and commit."""
+    return {"device": device, "versions": versions(), "python": platform.python_version(), "commit": commit()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the numbers, those that are installed."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
+def commit() -> str:
+    """Of the working tree this code lies in, with "+" where files differ from it; "unknown" elsewhere."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return said.stdout.strip() or "unknown"
+
+
+def write(report: dict[str, Any], name: str | None) -> None:
+    """As JSON into the file `name`, if there is one; its folder is made."""
+    if name is not None:
+        file = Path(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {file}")

@@ -1,0 +1,235 @@
+"""How far the TPU kernels are from their own DMA, by static analysis: libtpu compiles them, with no TPU.
+
+For each kernel, shape and chip: cycles of a grid step (`bundles`), bytes it moves (`grids`), their ratio,
+VMEM, spills, compile time. One JSON object a line; what the file already has for the same kernel code is not
+made again. A process a chip, for libtpu reads its dump flags once.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attnres_jax.bench import report, target
+
+KERNELS = ("depth_mix_forward", "depth_mix_backward", "depth_merge_forward", "depth_merge_backward")
+WIDTHS, SOURCES, READS = (896, 1024, 2304, 4096, 7168), (2, 5, 9, 10), (1, 6, 12, 16)
+TOKENS, EPS = 8192, 1e-6
+CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "7x": 2.2e9}
+"""Hz, public figures to about 10 %: JAX has none."""
+FLAGS = (
+    "--xla_jf_dump_to={0} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=true --xla_jf_debug_level=2 "
+    "--xla_jf_dump_llo_pass_label_regex=.*final.*"
+)
+
+
+class Case(NamedTuple):
+    """One kernel of one shape: D, R sources, S reads; Phase 2 has no R."""
+
+    kernel: str
+    width: int
+    sources: int
+    reads: int
+
+    @property
+    def op(self) -> str:
+        """The folder of `pallas_kernels`."""
+        return self.kernel.rpartition("_")[0]
+
+    @property
+    def direction(self) -> str:
+        """The function there."""
+        return self.kernel.rpartition("_")[2]
+
+
+def cases(args: dict[str, Any]) -> Iterator[Case]:
+    """What the command asks for, each once; `all` is the full grid."""
+    widths, sources, reads = (
+        (WIDTHS, SOURCES, READS) if args["all"] else ((args["width"],), (args["sources"],), (args["reads"],))
+    )
+    for width, kernel in product(widths, KERNELS):
+        if kernel.startswith("depth_merge"):
+            yield Case(kernel, width, 0, max(reads))  # one row of S is read, whatever S
+        else:
+            yield from (Case(kernel, width, r, s) for r, s in product(sources, reads))
+
+
+def key(chip: str, case: Case) -> dict[str, Any]:
+    """What names a row: a change of the kernel's code makes another."""
+    return {"chip": chip, **case._asdict(), "tokens": TOKENS, "dtype": "bfloat16", "code": digest(case.op)}
+
+
+def digest(op: str) -> str:
+    """Of the TPU code of one op."""
+    folder = Path(importlib.import_module(f"pallas_kernels.{op}").__path__[0])
+    text = b"".join((folder / name).read_bytes() for name in ("tpu.py", "config.py", "tuned.py"))
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+def run(args: dict[str, Any]) -> int:
+    """A child process for each chip, one after the other; the first exit code that is not 0."""
+    for chip in [args["chip"]] if args["chip"] else target.SLICES:
+        with tempfile.TemporaryDirectory() as dumps:
+            words = [json.dumps(args | {"chip": chip, "dumps": dumps})]
+            code = target.run("roofline", words, {"LIBTPU_INIT_ARGS": FLAGS.format(dumps)})
+        if code:
+            return code
+    return 0
+
+
+def main(words: list[str]) -> int:
+    """Measure what is missing for one chip; `words` is one JSON object, see `commands.roofline`."""
+    args = json.loads(words[0])
+    out, chip = args["out"] and Path(args["out"]), args["chip"]
+    done = _done(out)
+    device = target.devices(chip, 1)[0]
+    for case in cases(args):
+        names = key(chip, case)
+        if json.dumps(names) in done:
+            continue
+        row = names | _measured(case, device, chip, Path(args["dumps"]))
+        row |= {"versions": report.versions(), "commit": report.commit()}
+        print(_line(row), flush=True)
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def _done(out):
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+    names = (*("chip", *Case._fields), "tokens", "dtype", "code")
+    return {json.dumps({name: row[name] for name in names}) for row in rows}
+
+
+def _line(row):
+    what = f"{row['chip']:4} {row['kernel']:21} D={row['width']:<5} R={row['sources']:<3} S={row['reads']:<3}"
+    if "error" in row:
+        return f"{what} {row['error'][:120]}"
+    memory = f"VMEM {row['vmem_bytes'] / 2**20:.1f} MiB, spills {row['spilled']}+{row['filled']}"
+    took = f"compiled in {row['compile_seconds']:.0f} s"
+    return f"{what} {row['cycles']:6} cycles, {row['ratio']:.2f} of DMA, {memory}, {took}"
+
+
+def _measured(case, device, chip, dumps):
+    import jax
+
+    from attnres_jax.bench import grids
+
+    shutil.rmtree(dumps)
+    dumps.mkdir()
+    kind = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
+    )
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        try:
+            traced = jax.jit(_function(case)).trace(*_arguments(case, device))
+        except ValueError as limit:  # what the op says of sizes that it does not take
+            return {"error": str(limit)}
+        (call,) = grids.calls(traced.jaxpr.jaxpr)
+        # The rows of sources are copied by hand, each once; the buffer Phase 2 writes rows of is not read.
+        share = float(case.op == "depth_mix")
+        moved = grids.moved(call, [_scalars(case)], lambda _: share)
+        start = time.monotonic()
+        try:
+            text = traced.lower().compile().as_text() or ""
+        except jax.errors.JaxRuntimeError as refused:
+            return {"error": str(refused).splitlines()[0]}
+    seconds = time.monotonic() - start
+    per_core = target.info(device).mem_bw_bytes_per_second
+    return _static(case, dumps, moved, CLOCK[chip] / per_core) | {
+        "vmem_bytes": _vmem(text, case.kernel),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def _static(case, dumps, moved, cycles_per_byte):
+    """Numbers of the dumped schedule, beside those of the grid."""
+    from attnres_jax.bench import bundles
+
+    def dump(kind):
+        (file,) = (f for f in dumps.iterdir() if re.search(rf"-{case.kernel}[.\d]*-\d+-{kind}\.txt$", f.name))
+        return file.read_text()
+
+    step = bundles.step(dump("final_bundles"), max(case.sources, 1))
+    slots = bundles.slots(dump("final_hlo-static-per-bundle-utilization"))
+    dma = (moved.read + moved.written) / moved.steps
+    return {
+        "cycles": step.cycles,
+        "starting_cycles": step.starting,
+        "dma_bytes": dma,
+        "dma_cycles": round(dma * cycles_per_byte),
+        "ratio": round(step.cycles / (dma * cycles_per_byte), 3),
+        "read_bytes": moved.read,
+        "written_bytes": moved.written,
+        "steps": moved.steps,
+        "spilled": slots["VSTORE:SPILL"],
+        "filled": slots["VLOAD:FILL"],
+        "slots": {name: used for name, used in slots.items() if used},
+    }
+
+
+def _vmem(text, kernel):
+    """Bytes of VMEM that a kernel's call uses, from the compiled program."""
+    call = re.search(rf"%{kernel}[.\d]* = .*?used_scoped_memory_configs\":\[([^]]*)\]", text, re.DOTALL)
+    sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', call[1]) if call else []
+    return max(map(int, sizes), default=0)
+
+
+def _scalars(case):
+    return [case.sources] if case.op == "depth_mix" else [0, 0]
+
+
+def _function(case, counted=False):
+    """Of `_arguments`; `counted` takes one more, the number of visible rows."""
+    function = getattr(importlib.import_module(f"pallas_kernels.{case.op}.tpu"), case.direction)
+    if case.op == "depth_mix":
+        if counted:
+            return lambda w, v, *rest: function(w, (v,), (rest[-1],), *_tupled(rest[:-1]), eps=EPS)
+        return lambda w, v, *rest: function(w, (v,), (None,), *_tupled(rest), eps=EPS)
+    if case.direction == "forward":
+        return lambda *a: function(*a, eps=EPS, norm_eps=EPS, keep_mixture=False)
+    return lambda *a: function(*a[:9], None, *a[9:], eps=EPS, norm_eps=EPS)
+
+
+def _tupled(rest):
+    """The last argument of Phase 1's backward pass is a tuple of arrays, as its sources are."""
+    return (*rest[:-1], (rest[-1],)) if rest else ()
+
+
+def _arguments(case, device):
+    import jax
+    import jax.numpy as jnp
+
+    place = device and jax.sharding.SingleDeviceSharding(device)
+
+    def of(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    bf16 = jnp.bfloat16
+    S, D, lse = case.reads, case.width, of(case.reads, TOKENS)
+    rows, stream = of(S, TOKENS, D, dtype=bf16), of(TOKENS, D, dtype=bf16)
+    if case.op == "depth_mix":
+        sources = of(case.sources, TOKENS, D, dtype=bf16)
+        first, after = (of(S, D), sources), (rows, lse, sources)
+    else:
+        flags = of(dtype=jnp.int32), of(dtype=jnp.bool_)
+        first, after = (of(D), of(D), rows, lse, stream, *flags), (stream, stream, rows, lse)
+    if case.direction == "forward":
+        return first
+    forward = jax.eval_shape(_function(case._replace(kernel=f"{case.op}_forward")), *first)
+    stats = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), forward.stats)
+    return (*first, lse, stats, *after) if case.op == "depth_mix" else (*first, stats, *after)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

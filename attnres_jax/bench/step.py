@@ -1,0 +1,117 @@
+"""A whole train step of plain, Full and Block on the devices at hand, in turns: forward, backward, optimizer.
+
+The arms run in ABBA order, so that what drifts (clocks, neighbours, heat) drifts for all of them. Each has a
+state of its own in memory, all at once.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from attnres_jax import configs
+from attnres_jax.bench import report
+from attnres_jax.configs import Config, UserError
+from attnres_jax.parallel import mesh
+from attnres_jax.train import step
+from attnres_jax.train.data import open_corpus
+
+ARMS = ("plain", "full", "block")
+WARM, BATCHES, RESAMPLES = 2, 4, 2000
+"""Untimed updates of each arm; batches that are taken in turn; draws of the bootstrap."""
+
+
+class Arm(NamedTuple):
+    """A compiled update, and what its program needs on each device."""
+
+    update: Callable[[Any, Any], tuple[Any, Any]]
+    state: Any
+    tokens: list[Any]
+    arguments: int
+    """Bytes of state and tokens."""
+    temporaries: int
+    """Bytes beside them, at the peak."""
+
+
+def order(arms: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Round and arm, there and back in every round: A B C C B A, A B C C B A."""
+    for i in range(rounds):
+        yield from ((i, name) for name in (*arms, *reversed(arms)))
+
+
+def interval(ratios: Float[np.ndarray, " rounds"], seed: int = 0) -> tuple[float, float]:
+    """95 % of the medians of resampled rounds lie in it."""
+    drawn = np.random.default_rng(seed).choice(ratios, (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def measure(config: Config, rounds: int) -> dict[str, Any]:
+    """Seconds of a step of every arm, and its ratio to plain round by round."""
+    if jax.process_count() > 1:
+        raise UserError("bench step is for one process: its clock is that of one host")
+    vocab = open_corpus(config.data.corpus).vocab
+    arms = {name: _arm(config, name, vocab) for name in ARMS}
+    for name in ARMS:
+        for _ in range(WARM):
+            arms[name], _ = _timed(arms[name], 0)
+    seconds = {name: np.zeros((rounds, 2)) for name in ARMS}
+    for at, (i, name) in enumerate(order(ARMS, rounds)):
+        arms[name], seconds[name][i, at // len(ARMS) % 2] = _timed(arms[name], i)
+    return {name: _summary(arms[name], seconds[name], seconds["plain"]) for name in ARMS}
+
+
+def _arm(config, residual, vocab):
+    run = step.programs(configs.from_flat(configs.to_flat(config) | {"residual": residual}), vocab)
+    shape, rng = (config.data.batch, config.data.length + 1), np.random.default_rng(config.seed)
+    tokens = [
+        jax.device_put(rng.integers(vocab, size=shape, dtype=np.int32), run.place) for _ in range(BATCHES)
+    ]
+    compiled = run.update.lower(run.like, tokens[0]).compile()
+    memory = compiled.memory_analysis()
+    sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes) if memory else (0, 0)
+    return Arm(compiled, run.create(), tokens, *sizes)
+
+
+def _timed(arm, i):
+    """One update, on the i-th batch: the arm after it, and its seconds."""
+    start = time.perf_counter()
+    state, out = arm.update(arm.state, arm.tokens[i % BATCHES])
+    jax.block_until_ready((state, out))
+    return arm._replace(state=state), time.perf_counter() - start
+
+
+def _summary(arm, seconds, plain):
+    ratios = seconds.sum(1) / plain.sum(1)
+    return {
+        "median_seconds": float(np.median(seconds)),
+        "ratio_to_plain": float(np.median(ratios)),
+        "ratio_95_percent": interval(ratios),
+        "arguments_bytes": arm.arguments,
+        "temporaries_bytes": arm.temporaries,
+        "seconds": [[round(s, 7) for s in pair] for pair in seconds.tolist()],
+    }
+
+
+def table(arms: dict[str, Any]) -> str:
+    """In Markdown."""
+    lines = ["| residual | ms | to plain | 95 % | state GB | temporaries GB |", "|---|---|---|---|---|---|"]
+    for name, arm in arms.items():
+        low, high = arm["ratio_95_percent"]
+        times = f"{1e3 * arm['median_seconds']:.2f} | {arm['ratio_to_plain']:.3f} | {low:.3f} to {high:.3f}"
+        memory = f"{arm['arguments_bytes'] / 1e9:.3f} | {arm['temporaries_bytes'] / 1e9:.3f}"
+        lines.append(f"| {name} | {times} | {memory} |")
+    return "\n".join(lines)
+
+
+def main(config: Config, rounds: int, out: str | None) -> None:
+    """Measure, print and write."""
+    arms = measure(config, rounds)
+    print(table(arms))
+    devices = mesh.available()
+    device = f"{len(devices)} x {devices[0].device_kind}"
+    whole = {"rounds": rounds, "config": configs.to_flat(config), "arms": arms}
+    report.write(report.provenance(device) | whole, out)

@@ -1,0 +1,194 @@
+"""Static analysis of kernels: cycles of a small schedule, bytes from grids, no row made twice."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from test_bench import needs_libtpu
+
+from attnres_jax import __main__
+from attnres_jax.bench import bundles, cost, grids, hlo, reads, roofline
+
+HLO = {"bfloat16": "bf16", "float32": "f32", "int32": "s32"}
+SCHEDULE = (Path(__file__).parent / "golden/kernel_final_bundles.txt").read_text()
+needs_kernels = pytest.mark.skipif(
+    importlib.util.find_spec("pallas_kernels") is None, reason="pallas_kernels is not there yet"
+)
+
+
+def test_cycles_of_a_grid_step_by_hand():
+    """17 bundles of the grid's loop: 12 of its own, 2 of a loop that runs `unknown` times, 3 of one that runs
+    8. Of the 12, two stores are for the first step only; the four behind the branch always run."""
+    step = bundles.step(SCHEDULE, unknown=5)
+    assert step.cycles == (12 - 2) + 5 * 2 + 8 * 3
+    assert step.starting == 2
+    assert step.grid == 66
+    assert bundles.step(SCHEDULE).cycles == (12 - 2) + 2 + 8 * 3
+
+
+def test_loops_nest():
+    (grid,) = bundles.loops(bundles.read(SCHEDULE))
+    assert [(loop.trips, loop.end - loop.first) for loop in grid.inner] == [(None, 2), (8, 3)]
+
+
+def test_a_schedule_without_a_grid():
+    with pytest.raises(ValueError, match="no loop"):
+        bundles.step("   0   :  { %1 = vsyncpa 0 }\n")
+
+
+def test_slots_are_summed_by_unit():
+    text = "== CAPACITY:\nMXU, VSTORE:SPILL\n 4 1\n== UTILIZATION:\n1 0\n2 1\n3 0\n"
+    assert bundles.slots(text) == {"MXU": 6, "VSTORE:SPILL": 1}
+
+
+def call(kernel, grid, in_specs, out_specs, shapes, out_shape):
+    """The equation of one kernel with a prefetched scalar, inside a scan as a model has it."""
+
+    def body(n, _):
+        args = [jnp.zeros(s, "bfloat16") for s in shapes]
+        spec = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs
+        )
+        pl.pallas_call(kernel, grid_spec=spec, out_shape=out_shape)(n, *args)
+        return n, None
+
+    traced = jax.make_jaxpr(lambda n: jax.lax.scan(body, n, length=2))(jnp.zeros((1,), "int32"))
+    (found,) = grids.calls(traced.jaxpr)
+    return found
+
+
+def copies_nothing(*refs):
+    pass
+
+
+def test_bytes_from_grid_and_blocks():
+    """A source of which row n alone is read, a block that stays, one left in HBM."""
+    block = 16 * 128 * 2
+    found = call(
+        *(copies_nothing, (2, 4)),
+        [
+            pl.BlockSpec((None, 16, 128), lambda c, i, n: (n[0], c * 4 + i, 0)),
+            pl.BlockSpec((16, 128), lambda c, i, n: (0, 0)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        pl.BlockSpec((16, 128), lambda c, i, n: (c * 4 + i, 0)),
+        [(5, 128, 128), (16, 128), (5, 128, 128)],
+        jax.ShapeDtypeStruct((128, 128), "bfloat16"),
+    )
+    for n in (0, 4):
+        assert grids.moved(found, [[n]]) == grids.Moved(9 * block, 8 * block, 8)
+    shared = grids.moved(found, [[0]], lambda i: {2: 0.6}[i])
+    assert shared.read == 9 * block + 0.6 * 5 * 128 * 128 * 2
+
+
+def test_a_hidden_block_is_copied_once():
+    """An index that does not move costs no copy: how a row beyond n moves no bytes."""
+    spec = pl.BlockSpec((16, 128), lambda i, n: (jnp.where(n[0] == 1, 0, i), 0))
+    out = jax.ShapeDtypeStruct((128, 128), "bfloat16")
+    found = call(copies_nothing, (8,), [spec], spec, [(128, 128)], out)
+    assert [grids.moved(found, [[n]]).read for n in (0, 1)] == [8 * 4096, 4096]
+
+
+def test_the_full_grid_has_each_case_once():
+    """Phase 1 of every D, R and S, both directions; Phase 2 of every D."""
+    found = list(roofline.cases({"all": True}))
+    assert len(found) == len(set(found)) == 5 * (2 * 4 * 4 + 2)
+    one = list(roofline.cases({"all": False, "width": 2304, "sources": 9, "reads": 6}))
+    assert [case.kernel for case in one] == list(roofline.KERNELS)
+
+
+def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
+    """Until the kernel's code changes."""
+    made, code, out = [], {"depth_mix": "a", "depth_merge": "a"}, tmp_path / "rows.jsonl"
+
+    def measured(case, *_):
+        made.append(case)
+        return {"error": "too large for this chip"}
+
+    monkeypatch.setattr(roofline, "_measured", measured)
+    monkeypatch.setattr(roofline, "digest", code.get)
+    monkeypatch.setattr(roofline.target, "devices", lambda *_: [None])
+    sizes = {"all": False, "width": 128, "sources": 2, "reads": 1}
+    words = [json.dumps(sizes | {"chip": "v5e", "out": str(out), "dumps": str(tmp_path)})]
+    for expected in (4, 4):
+        assert roofline.main(words) == 0
+        assert len(made) == len(out.read_text().splitlines()) == expected
+    code["depth_mix"] = "b"
+    roofline.main(words)
+    assert [case.op for case in made[4:]] == ["depth_mix"] * 2
+    assert "too large for this chip" in capsys.readouterr().out
+
+
+def test_vmem_of_a_call_is_read():
+    used = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"%d"}]'
+    call = f"  %depth_mix_forward.1 = f32[] custom-call(), x={{\n}}, {used % 9}\n"
+    text = f"  %a.1 = f32[] fusion(), {used % 7}\n{call}"
+    assert roofline._vmem(text, "depth_mix_forward") == 9
+
+
+def test_a_process_for_each_chip(monkeypatch):
+    """Each with dump flags of its own; the first that fails ends it."""
+    seen = []
+
+    def run(module, words, environment):
+        seen.append((json.loads(words[0])["chip"], environment["LIBTPU_INIT_ARGS"]))
+        return 3 if len(seen) == 4 else 0
+
+    monkeypatch.setattr(roofline, "target", SimpleNamespace(run=run, SLICES=roofline.target.SLICES))
+    assert roofline.run({"chip": None}) == 3
+    assert [chip for chip, _ in seen] == ["v4", "v5e", "v5p", "v6e"]
+    assert len({flags for _, flags in seen}) == 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", roofline.KERNELS)
+def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
+    """A step's mean over n = 1 .. N, or over the S reads of a block, of which the first has no sum."""
+    monkeypatch.setattr(roofline, "TOKENS", 4096)
+    N, S = 4, 3
+    case = roofline.Case(kernel, 256, N + 1, S)
+    counted = jax.ShapeDtypeStruct((), "int32")
+    function, arguments = (
+        roofline._function(case, counted=case.op == "depth_mix"),
+        roofline._arguments(case, None),
+    )
+    if case.op == "depth_mix":
+        arguments = (*arguments, counted)
+        scalars, shares = [[n] for n in range(1, N + 1)], [n / (N + 1) for n in range(1, N + 1)]
+    else:
+        scalars, shares = [[j, j == 0] for j in range(S)], [0.0] * S
+    (found,) = grids.calls(jax.make_jaxpr(function)(*arguments).jaxpr)
+    moved = [grids.moved(found, [s], lambda _, p=p: p) for s, p in zip(scalars, shares, strict=True)]
+    shapes = [hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in found.invars]
+    results = [hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in found.outvars]
+    charged = reads.KERNELS[kernel](cost.Call(tuple(shapes), tuple(results), float(N)))
+    # A hidden sum is copied once; a prefetched scalar and small vectors may differ.
+    assert charged.read == pytest.approx(np.mean([m.read for m in moved]), rel=0.03)
+    assert charged.written == pytest.approx(np.mean([m.written for m in moved]), rel=0.03)
+
+
+@needs_libtpu
+@needs_kernels
+@pytest.mark.slow
+def test_roofline_end_to_end(tmp_path):
+    """Every kernel at a small width compiles for a v5e and is counted."""
+    out = tmp_path / "rows.jsonl"
+    sizes = "--width=256 --sources=2 --reads=2"
+    assert __main__.main(["bench", "roofline", "--chip=v5e", *sizes.split(), f"--out={out}"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["kernel"] for row in rows] == list(roofline.KERNELS)
+    for row in rows:
+        assert 0.1 < row["ratio"] < 10
+        assert 0 < row["vmem_bytes"] <= 128 << 20
+    by = {row["kernel"]: row for row in rows}
+    array = 8192 * 256 * 2
+    assert by["depth_mix_forward"]["read_bytes"] == pytest.approx(2 * array, rel=0.05)
+    assert by["depth_mix_forward"]["written_bytes"] == pytest.approx(2 * array, rel=0.1)
+    assert by["depth_merge_forward"]["read_bytes"] == pytest.approx(2 * array, rel=0.1)
