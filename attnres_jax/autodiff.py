@@ -24,8 +24,9 @@ class Block(NamedTuple):
 
     `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
     their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
-    step(shared, carry, inputs)`: it hands on `shared` unchanged, so that the cotangent of later steps
-    comes in that way, to be added to in place. The last carry is the new row.
+    step(shared, carry, inputs, row)`: it hands on `shared` unchanged, so that the cotangent of later steps
+    comes in that way, to be added to in place. `row` is None or (array, place): where the value of the
+    carry lies too, so that a kernel need not have it copied out. The last carry is the new row.
     """
 
     open: Callable[..., tuple[Any, Array, list[list[Any]]]]
@@ -45,7 +46,8 @@ def append_scan(blocks, split, count, rows, xs):
     before each step, in one array that grows as they do (scans inside scans would copy theirs); what steps
     keep of their own. What `open` makes is made again.
     """
-    reps, kept = len(jax.tree.leaves(xs)[0]), sum(block.kept for block in blocks)
+    reps = len(jax.tree.leaves(xs)[0])
+    kept = lax.empty((reps * sum(block.kept for block in blocks), *rows.shape[1:]), rows.dtype)
     rows = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
     converted, closed_over = [], []
     for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
@@ -53,17 +55,20 @@ def append_scan(blocks, split, count, rows, xs):
         shared, carry, inputs = block.open(rows, n, own)  # for its types alone
         start, of_start = jax.closure_convert(block.open, rows, n, own)
         segments, of_steps = [], []
+        row = None if block.segments[0][1] == 1 else (kept, n)
         for (steps, times), values in zip(block.segments, inputs, strict=True):
-            args = [
-                (step, shared, carry, jax.tree.map(lambda a: a[0], v))
-                for step, v in zip(steps, values, strict=True)
-            ]
-            steps, closed = zip(*(jax.closure_convert(*a) for a in args), strict=True)
+            found = []
+            for step, value in zip(steps, values, strict=True):
+                found.append(
+                    jax.closure_convert(step, shared, carry, jax.tree.map(lambda a: a[0], value), row)
+                )
+                row = (kept, n)
+            steps, closed = zip(*found, strict=True)
             segments.append((steps, times))
             of_steps.append(list(closed))
         converted.append(Block(start, tuple(segments)))
         closed_over.append([of_start, of_steps])
-    return _append_scan(tuple(converted), split, (count, reps * kept), rows, xs, closed_over)
+    return _append_scan(tuple(converted), split, (count, len(kept)), rows, xs, closed_over)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -99,10 +104,12 @@ def _forward(block, closed_over, rows, n, own, keep):
         def body(state, values, steps=steps, closed=closed, again=made_again):
             (carry, kept, at), ys, pulls = state, [], []
             for k, (step, value, own) in enumerate(zip(steps, values, closed, strict=True)):
+                row = None
                 if not (again and k == 0):
-                    kept, at = lax.dynamic_update_index_in_dim(kept, carry, at, 0), at + 1
-                call = partial(_spread, step)
-                (_, carry, y), pull = jax.vjp(call, shared, carry, value, own, saveable_args=False)
+                    kept = lax.dynamic_update_index_in_dim(kept, carry, at, 0)
+                    row, at = (kept, at), at + 1
+                args = (shared, carry, value, row, own)
+                (_, carry, y), pull = jax.vjp(partial(_spread, step), *args, saveable_args=False)
                 ys.append(y)
                 pulls.append(pull)
             return (carry, kept, at), (ys, pulls)
@@ -113,8 +120,8 @@ def _forward(block, closed_over, rows, n, own, keep):
     return carry, keep, ys, pulls
 
 
-def _spread(step, shared, carry, value, own):
-    return step(shared, carry, value, *own)
+def _spread(step, shared, carry, value, row, own):
+    return step(shared, carry, value, row, *own)
 
 
 def _append_bwd(blocks, split, counts, residuals, cotangents):
@@ -162,9 +169,11 @@ def _backward(block, closed_over, rows, n, own, kept, at, pulls, d_rows, d_carry
                 again = made_again and k == 0
                 at = at if again else at - 1
                 carry = first if again else lax.dynamic_index_in_dim(kept, at, 0, keepdims=False)
-                pull = pulls[k].replace(args_res=jax.tree.leaves((shared, carry, values[k], closed[k])))
+                row = None if again else (kept, at)
+                args = (shared, carry, values[k], row, closed[k])
+                pull = pulls[k].replace(args_res=jax.tree.leaves(args))
                 d_out = (_restore_float0(d_shared, of_shared), d_carry, _restore_float0(d_ys[k], of_y[k]))
-                d_shared, d_carry, d_values[k], d_own = pull(d_out)
+                d_shared, d_carry, d_values[k], _, d_own = pull(d_out)
                 d_shared, d_closed[k] = _drop_float0(d_shared), jax.tree.map(jnp.add, d_closed[k], d_own)
             return (d_shared, d_carry, d_closed, at), _drop_float0(d_values)
 

@@ -58,19 +58,20 @@ def depth_merge(
     first: Any,
     *,
     norm: RMSNorm | None = None,
+    row: tuple[Array, Any] | None = None,
     eps: float,
     implementation: str | None = None,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
     """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed.
 
-    Returns it, and `done` and the sum for later reads to take, as `depth_mix` returns its sources."""
-    shape = w.shape[-1], stream.dtype
-    chosen, _ = choose(implementation, placement, shape[-1], partial(merge_config.tpu_refusal, *shape))
+    Returns it, and `done` and the sum for later reads, as `depth_mix`. `row` (array, place) holds the sum too."""
+    fits = partial(merge_config.tpu_refusal, len(w), stream.dtype)
+    chosen, _ = choose(implementation, placement, stream.dtype, fits)
 
     @jax.named_scope("depth_merge")
-    def merge(shared, done, stream):
-        w, scale, j, first = shared
+    def merge(shared, done, stream, kept):
+        w, scale, j, first, at = shared
         if chosen == "reference":
             one, done = take(done, j)
             hidden = jnp.where(first, -jnp.inf, jnp.zeros((), w.dtype))
@@ -78,14 +79,16 @@ def depth_merge(
             return mixture if scale is None else RMSNorm(scale, norm_eps)(mixture), done, stream
         shape = stream.shape
         flat = (_flat(done.mixture), done.lse.reshape(len(done.lse), -1), stream.reshape(-1, shape[-1]))
-        options = (eps, norm_eps, False, chosen)
-        x, _, stream, *after = merge_kernel.depth_merge(w, scale, *flat, None, j, first, *options)
+        kept = jax.tree.map(_flat, kept)
+        args = (w, scale, *flat, kept, None, at, j, first, eps, norm_eps, False, chosen)
+        x, _, stream, *after = merge_kernel.depth_merge(*args)
         done = Partial(after[0].reshape(-1, *shape), after[1].reshape(-1, *shape[:-1]))
         return x.reshape(shape), done, stream.reshape(shape)
 
     scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
-    shared, kinds = (w, scale, j, first), ("tokens", "rows", "tokens")
-    return _local(placement, merge, shared, (done, stream), kinds[1:], kinds)
+    kept, at = (None, None) if row is None or chosen == "reference" else row
+    shared, kinds = (w, scale, j, first, at), ("tokens", "rows", "tokens")
+    return _local(placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
 
 
 def _flat(rows):
@@ -97,5 +100,4 @@ def _local(placement, op, shared, args, kinds, out_kinds):
     if placement is None:
         return op(shared, *args)
     specs = {"tokens": placement.spec, "rows": PartitionSpec(None, *placement.spec)}
-    inside, outside = (tuple(specs[k] for k in some) for some in (kinds, out_kinds))
-    return placement.local(op, shared, args, inside, outside)
+    return placement.local(op, shared, args, *(tuple(specs[k] for k in some) for some in (kinds, out_kinds)))

@@ -1,8 +1,7 @@
 """The loop over depth: `through_depth` for stacked layers, `start` for a model that loops itself.
 
 Blocks that repeat are compiled once (`append_scan`), and inside a block what repeats is scanned too. Kept for
-the backward pass: the stream before each sublayer and the block summaries, one [B,T,D] each; all else
-is recomputed under the caller's checkpoint policy.
+the backward pass are the stream before each sublayer and the summaries; the caller's policy rules the rest.
 """
 
 from collections.abc import Callable
@@ -191,7 +190,6 @@ def _literal(scheme, mix, kinds, layers, x, record):
 def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     """Equal consecutive blocks in one scan, the others one by one."""
     steps = {k: _sublayer(scheme, layer, policy) for k, layer in layers.items()}
-    keep = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
     history, at, parts, whole = scheme.start(x), 0, [], (mix.sublayers, shares)
     for blocks, reps in runs(spell(kinds, scheme.schedule(len(kinds)))):
         scan = reps > 1 and scheme.append_only
@@ -200,7 +198,7 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
             if scan:
                 history, aux = _repeat(scheme, steps, some, times, own(whole), history)
             else:
-                history, aux = _once(scheme, steps, some[0], keep, own, whole, history)
+                history, aux = _once(scheme, steps, some[0], policy, own, whole, history)
             parts.append(aux)
             at += len("".join(some)) * times
     h = jax.checkpoint(lambda mix, history: scheme.finish(mix, history).mixture)(mix.output, history)
@@ -208,11 +206,11 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
 
 
 def _sublayer(scheme, layer, policy):
-    """One sublayer of a kind: `history, stream, aux = step(history, stream, (slot, (params, inputs)))`."""
+    """One sublayer of a kind, as `autodiff.Block` and `_sublayers` take it."""
 
-    def step(history, stream, own):
+    def step(history, stream, own, row=None):
         slot, (params, inputs) = own
-        read = scheme.read(slot, history, stream, layer.norm(params))
+        read = scheme.read(slot, history, stream, layer.norm(params), row)
         y, aux = layer.apply(params, read.x, inputs)
         return read.history, scheme.write(slot, read.stream, y), aux
 
@@ -238,7 +236,7 @@ def _repeat(scheme, steps, blocks, reps, own, history):
     return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))
 
 
-def _once(scheme, steps, kinds, keep, own, whole, history):
+def _once(scheme, steps, kinds, policy, own, whole, history):
     """A block as it is. Sliced inside the checkpoint, so that no copy of the parameters is kept; what an
     append-only history already held is not an output, or it would be kept twice."""
     held = len(history) if scheme.append_only else 0
@@ -250,7 +248,8 @@ def _once(scheme, steps, kinds, keep, own, whole, history):
         after = scheme.close(history, stream)
         return after[held:] if held else after, by_kind(kinds, ys)
 
-    after, aux = jax.checkpoint(block, policy=keep)(history, whole)
+    policy = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
+    after, aux = jax.checkpoint(block, policy=policy)(history, whole)
     return (*history, *after) if held else after, aux
 
 
@@ -260,7 +259,7 @@ def _sublayers(steps, kinds, history, stream, own):
     def body(stream, values, period, history, begins=False):
         ys = []
         for k, (kind, value) in enumerate(zip(period, values, strict=True)):
-            if not (begins and k == 0):  # which is made again
+            if not (begins and k == 0):
                 stream = jax.tree.map(lambda a: checkpoint_name(a, "stream"), stream)
             history, stream, y = steps[kind](history, stream, value)
             ys.append(y)

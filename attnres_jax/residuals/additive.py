@@ -30,7 +30,7 @@ class Plain(Scheme):
     def begin(self, history):
         return history
 
-    def read(self, slot, history, stream, norm):
+    def read(self, slot, history, stream, norm, row=None):
         return Read(norm(stream), stream, _ones(stream), history, stream)
 
     def write(self, slot, stream, y):

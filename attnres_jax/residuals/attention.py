@@ -73,7 +73,7 @@ class AttnRes(Scheme):
     def begin(self, history):
         return jnp.zeros_like(history.rows[0].array[0]) if self.two_phase else None
 
-    def read(self, slot, history, stream, norm):
+    def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:
             running = () if stream is None else (stream,)
             mixture, weights = depth.mix(slot.w, (*_unstack(history.rows), *running), self.eps)
@@ -83,7 +83,7 @@ class AttnRes(Scheme):
             return Read(norm(mixture), mixture, None, history._replace(done=Once(done)), stream)
         fused = norm if isinstance(norm, depth.RMSNorm) else None
         args = (slot.w, history.done.rows, stream, slot.j, slot.j == 0)
-        h, done, stream = ops.depth_merge(*args, norm=fused, **self._how)
+        h, done, stream = ops.depth_merge(*args, norm=fused, row=row, **self._how)
         x, mixture = (h, None) if fused else (norm(h), h)
         return Read(x, mixture, None, history._replace(done=Once(done)), stream)
 
@@ -95,12 +95,11 @@ class AttnRes(Scheme):
 
     def finish(self, mix, history):
         w = _weight(mix, history)
-        if self.two_phase:
-            done, _ = ops.depth_mix(w[None], history, last=True, **self._how)
-            mixture, weights = done.mixture[0], None
-        else:
+        if not self.two_phase:
             mixture, weights = depth.mix(w, _unstack(history), self.eps)
-        return Read(mixture, mixture, weights)
+            return Read(mixture, mixture, weights)
+        done, _ = ops.depth_mix(w[None], history, last=True, **self._how)
+        return Read(done.mixture[0], done.mixture[0], None)
 
     @property
     def _how(self):

@@ -41,8 +41,8 @@ class Mix(NamedTuple):
 class Read(NamedTuple):
     """`x` enters the sublayer, `mixture` is h before the norm, `weights` [R,B,T] of the sources.
 
-    `mixture` is `None` where a kernel took the norm (a `depth.RMSNorm`), `weights` in two-phase reads. Later
-    reads and `write` take `history` and `stream`: the same values, whose cotangents kernels sum as they go.
+    `mixture` is `None` where a kernel took the norm, `weights` in two-phase reads. Later reads and `write`
+    take `history` and `stream`: the same values, whose cotangents kernels sum as they go.
     """
 
     x: Float[Array, "B T D"]
@@ -90,8 +90,8 @@ class Scheme(ABC):
         """The stream at the start of a block: its carry, and what the backward pass keeps."""
 
     @abstractmethod
-    def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm) -> Read:
-        """What the sublayer sees."""
+    def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm, row: Any = None) -> Read:
+        """What the sublayer sees. `row` (array, place): where the loop has the stream too, for kernels."""
 
     @abstractmethod
     def write(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:

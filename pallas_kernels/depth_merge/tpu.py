@@ -21,11 +21,11 @@ STATS = 8
 
 
 class Forward(NamedTuple):
-    """Input of the sublayer, mixture (or None), running sum, all [tokens, D], and what backward takes."""
+    """Input of the sublayer, mixture and new running sum (or None), all [tokens, D]; what backward takes."""
 
     x: jax.Array
     mixture: jax.Array | None
-    stream: jax.Array
+    stream: jax.Array | None
     stats: jax.Array
 
 
@@ -42,83 +42,61 @@ class Sizes(NamedTuple):
     norm_eps: float
 
 
-def forward(w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture) -> Forward:
-    """See vjp.py for shapes. Rows of `mixtures` other than `j` are not touched."""
-    tokens, (mixtures, lse, stream, y) = len(stream), _padded(mixtures, lse[..., None], stream, y)
-    lse = lse[..., 0]
+def forward(
+    w, scale, mixtures, lse, streams, at, j, first, y=None, *, eps, norm_eps, keep_mixture
+) -> Forward:
+    """See vjp.py for shapes. Rows of `mixtures` and `streams` other than `j` and `at` are not touched."""
+    tokens, (mixtures, lse, streams, y) = streams.shape[1], _padded(mixtures, lse[..., None], streams, y)
     size, vmem = _sizes("forward", mixtures, eps, norm_eps)
-    row, hidden = _row(size), _row(size, hide=y is None)
-    args = {
-        "p": (stream, hidden),
-        "y": (y, row),
-        "o": (mixtures, _row_of_j(size)),
-        "lse": (lse, _stat(size, size.S)),
-    }
-    args |= {"w": (w[None], _whole(size)), "scale": (None if scale is None else scale[None], _whole(size))}
-    outs = {"x": (stream, row), "mixture": (stream if keep_mixture else None, row), "p_new": (y, row)}
+    row, like = _row(size), jax.ShapeDtypeStruct(streams.shape[1:], streams.dtype)
+    args = {"p": (streams, _stream(size, y is None)), "y": (y, row), "o": (mixtures, _row_of_j(size))}
+    args |= {"lse": (lse[..., 0], _stat(size, size.S)), "w": (w[None], _whole(size))}
+    args |= {"scale": (None if scale is None else scale[None], _whole(size))}
+    outs = {"x": (like, row), "mixture": (like if keep_mixture else None, row), "p_new": (y, row)}
     outs |= {"stats": (jax.ShapeDtypeStruct((STATS, size.tokens), jnp.float32), _stat(size, STATS))}
     args, outs = _given(args), _given(outs)
     out = pl.pallas_call(
         functools.partial(_forward_kernel, size, tuple(args), tuple(outs)),
         grid_spec=_grid(size, args, outs, [pltpu.VMEM((TILE, LANES), jnp.float32)] * 2),
-        out_shape=[_out(a, stream) for a, _ in outs.values()],
-        input_output_aliases={1: list(outs).index("p_new")} if y is not None else {},
+        out_shape=[_out(a, streams) for a, _ in outs.values()],
+        input_output_aliases={2: list(outs).index("p_new")} if y is not None else {},
         compiler_params=_params(vmem),
         name="depth_merge_forward",
-    )(_scalars(j, first), *[a for a, _ in args.values()])
+    )(_scalars(j, first, at), *[a for a, _ in args.values()])
     out = {k: v if k == "stats" else v[:tokens] for k, v in zip(outs, out, strict=True)}
-    return Forward(out["x"], out.get("mixture"), out.get("p_new", stream[:tokens]), out["stats"])
+    return Forward(out["x"], out.get("mixture"), out.get("p_new"), out["stats"])
 
 
-def backward(
-    w,
-    scale,
-    mixtures,
-    lse,
-    stream,
-    j,
-    first,
-    stats,
-    d_x,
-    d_mixture,
-    d_stream,
-    d_mixtures,
-    d_lse,
-    *,
-    eps,
-    norm_eps,
-):
-    """Returns dw, dscale (or None), d_stream (accumulated), d_mixtures and d_lse, row `j` of them written."""
-    tokens = len(stream)
-    mixtures, stream, d_x, d_mixture, d_stream = _padded(mixtures, stream, d_x, d_mixture, d_stream)
+def backward(w, scale, mixtures, lse, streams, at, j, first, stats, cotangents, *, eps, norm_eps):
+    """From those of x, mixture, stream, mixtures, lse: dw, dscale; the last three with this read's part."""
+    d_x, d_mixture, d_stream, d_mixtures, d_lse = cotangents
+    tokens = streams.shape[1]
+    mixtures, streams, d_x, d_mixture, d_stream = _padded(mixtures, streams, d_x, d_mixture, d_stream)
     d_mixtures, d_lse = _padded(d_mixtures, d_lse[..., None])
-    d_lse = d_lse[..., 0]
     size, vmem = _sizes("backward", mixtures, eps, norm_eps)
-    row, hidden, columns = (
+    row, d_p, per_core = (
         _row(size),
         _row(size, hide=True),
         pl.BlockSpec((None, 8, size.D), lambda c, i, n: (c, 0, 0)),
     )
-    args = {"d_p": (d_stream, hidden), "d_os": (d_mixtures, pl.BlockSpec(memory_space=pl.ANY))}
-    args |= {"d_lses": (d_lse, _stat(size, size.S)), "p": (stream, hidden), "o": (mixtures, _row_of_j(size))}
-    args |= {"d_x": (d_x, row), "d_mixture": (d_mixture, row), "stats": (stats, _stat(size, STATS))}
-    args |= {"w": (w[None], _whole(size)), "scale": (None if scale is None else scale[None], _whole(size))}
+    args = {"d_p": (d_stream, d_p), "d_os": (d_mixtures, pl.BlockSpec(memory_space=pl.ANY))}
+    args |= {"d_lses": (d_lse[..., 0], _stat(size, size.S)), "p": (streams, _stream(size, True))}
+    args |= {"o": (mixtures, _row_of_j(size)), "d_x": (d_x, row), "d_mixture": (d_mixture, row)}
+    args |= {"stats": (stats, _stat(size, STATS)), "w": (w[None], _whole(size))}
+    args |= {"scale": (None if scale is None else scale[None], _whole(size))}
     sums = jax.ShapeDtypeStruct((size.cores, 8, size.D), jnp.float32)
-    outs = {
-        "d_p": (d_stream, hidden),
-        "d_o": (d_mixtures, _row_of_j(size)),
-        "d_lse": (d_lse, _stat(size, size.S)),
-    }
-    outs |= {"d_w": (sums, columns), "d_scale": (None if scale is None else sums, columns)}
+    outs = {"d_p": (d_stream, d_p), "d_o": (d_mixtures, _row_of_j(size))}
+    outs |= {"d_lse": (d_lse[..., 0], _stat(size, size.S)), "d_w": (sums, per_core)}
+    outs |= {"d_scale": (None if scale is None else sums, per_core)}
     args, outs = _given(args), _given(outs)
     out = pl.pallas_call(
         functools.partial(_backward_kernel, size, tuple(args), tuple(outs)),
         grid_spec=_grid(size, args, outs, [pltpu.VMEM((TILE, LANES), jnp.float32)] * 2),
-        out_shape=[_out(a, stream) for a, _ in outs.values()],
+        out_shape=[_out(a, streams) for a, _ in outs.values()],
         input_output_aliases={1: 0, 2: 1, 3: 2},
         compiler_params=_params(vmem),
         name="depth_merge_backward",
-    )(_scalars(j, first), *[a for a, _ in args.values()])
+    )(_scalars(j, first, at), *[a for a, _ in args.values()])
     out = dict(zip(outs, out, strict=True))
     d_w, d_scale = (None if k not in out else jnp.sum(out[k], (0, 1)) for k in ("d_w", "d_scale"))
     return d_w, d_scale, out["d_p"][:tokens], out["d_o"][:, :tokens], out["d_lse"][:, :tokens]
@@ -274,8 +252,8 @@ def _padded(*arrays):
     return [None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, short), (0, 0)]) for a in arrays]
 
 
-def _scalars(j, first):
-    return jnp.stack([jnp.asarray(j, jnp.int32), jnp.asarray(first, jnp.int32)])
+def _scalars(*numbers):
+    return jnp.stack([jnp.asarray(n, jnp.int32) for n in numbers])
 
 
 def _grid(size, args, outs, scratch):
@@ -296,6 +274,12 @@ def _row(size, hide=False):
         return (jnp.where(scalars[1] == 1, 0, at) if hide else at, 0)
 
     return pl.BlockSpec((TILE, size.D), index)
+
+
+def _stream(size, hide):
+    """Row `at` of the running sums, by tiles as `_row`."""
+    row = _row(size, hide).index_map
+    return pl.BlockSpec((None, TILE, size.D), lambda c, i, scalars: (scalars[2], *row(c, i, scalars)))
 
 
 def _row_of_j(size):

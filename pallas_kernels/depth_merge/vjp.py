@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels.depth_merge import tpu
@@ -10,8 +11,8 @@ from pallas_kernels.depth_merge import tpu
 BACKENDS = {"tpu": tpu}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11))
-def depth_merge(w, scale, mixtures, lse, stream, y, j, first, eps, norm_eps, keep_mixture, backend):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12, 13))
+def depth_merge(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, norm_eps, keep_mixture, backend):
     """The sublayer's input x, the mixture or None, and stream, mixtures and lse for later reads to take.
 
     Args:
@@ -20,31 +21,34 @@ def depth_merge(w, scale, mixtures, lse, stream, y, j, first, eps, norm_eps, kee
       mixtures, lse: [S, tokens, D] and fp32 [S, tokens], all of Phase 1; row `j` (int32, may be traced) is
         this read's.
       stream: [tokens, D], the running sum of the block's outputs.
-      y: [tokens, D] or None: an output to add to the sum before it is read; x and the sum are in its dtype.
-      first: bool, may be traced: the block has no sum yet, and `stream` is not read. Then y must be None.
+      kept: None, or an array [..., tokens, D] whose row `at` is the sum too. It is read there, and `stream`
+        takes the cotangent only: a sum that a loop over depth has kept need not be copied out.
+      y: [tokens, D] or None: an output to add to the sum before it is read; then `kept` must be None.
+      first: bool, may be traced: the block has no sum yet, and none is read. Then y must be None.
       eps, norm_eps: of the key norm and of the sublayer's norm.
       keep_mixture: also return the mixture, before the norm.
       backend: a key of `BACKENDS`.
     """
-    return _forward(w, scale, mixtures, lse, stream, y, j, first, eps, norm_eps, keep_mixture, backend)[0]
+    args = (w, scale, mixtures, lse, stream, kept, y, at, j, first)
+    return _forward(*args, eps, norm_eps, keep_mixture, backend)[0]
 
 
-def _forward(w, scale, mixtures, lse, stream, y, j, first, eps, norm_eps, keep_mixture, backend):
+def _forward(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, norm_eps, keep_mixture, backend):
     options = {"eps": eps, "norm_eps": norm_eps, "keep_mixture": keep_mixture}
     run = sequential_vmap(functools.partial(BACKENDS[backend].forward, **options))
-    out = run(w, scale, mixtures, lse, stream, j, first, y)
-    kept = (w, scale, mixtures, lse, out.stream, j, first, out.stats, y is None)
-    return (out.x, out.mixture, out.stream, mixtures, lse), kept
+    streams, at = (stream[None], jnp.int32(0)) if kept is None else (kept, at)
+    out = run(w, scale, mixtures, lse, streams, at, j, first, y)
+    if y is not None:
+        stream, streams = out.stream, out.stream[None]
+    saved = (w, scale, mixtures, lse, streams, at, j, first, out.stats)
+    return (out.x, out.mixture, stream, mixtures, lse), (saved, y is None)
 
 
-def _backward(eps, norm_eps, keep_mixture, backend, kept, cotangents):
-    w, scale, mixtures, lse, stream, j, first, stats, alone = kept
-    d_x, d_mixture, d_stream, d_mixtures, d_lse = cotangents
+def _backward(eps, norm_eps, keep_mixture, backend, saved, cotangents):
+    args, alone = saved
     run = sequential_vmap(functools.partial(BACKENDS[backend].backward, eps=eps, norm_eps=norm_eps))
-    d_w, d_scale, d_stream, d_mixtures, d_lse = run(
-        *(w, scale, mixtures, lse, stream, j, first, stats, d_x, d_mixture, d_stream, d_mixtures, d_lse)
-    )
-    return d_w, d_scale, d_mixtures, d_lse, d_stream, None if alone else d_stream, None, None
+    d_w, d_scale, d_stream, d_mixtures, d_lse = run(*args, cotangents)
+    return d_w, d_scale, d_mixtures, d_lse, d_stream, None, None if alone else d_stream, None, None, None
 
 
 depth_merge.defvjp(_forward, _backward)
