@@ -16,15 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attnres_jax import configs
+from attnres_jax import configs, ops
 from attnres_jax.bench import bound, cost, hlo, reads, report, target
 from attnres_jax.bench.cost import Chip, Kernel, Row
 from attnres_jax.configs import Config, UserError, base
 from attnres_jax.train import step
 
 VOCAB, CHUNKS = 32768, 8
-ARMS = {"plain": "plain", "block-xla": "block"}
-"""The residual of each arm."""
+ARMS: dict[str, tuple[str, str | None]] = {
+    "plain": ("plain", None),
+    "block-xla": ("block", "xla"),
+    "block-kernel": ("block", "tpu"),
+}
+"""Residual and implementation of each arm; those that `ops` does not have yet are left out."""
 LARGEST = 40
 """Rows of a report."""
 SCOPES = ("depth_mix", "depth_merge")
@@ -64,9 +68,17 @@ def shape_of(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compiled(config: Config, devices: list[Any]) -> Compiled:
+def arms() -> dict[str, tuple[str, str | None]]:
+    """Those that can be compiled. Without a name for it XLA's path is what `ops` chooses of itself."""
+    known = {None, *ops.IMPLEMENTATIONS}
+    found = {name: arm for name, arm in ARMS.items() if arm[1] in known}
+    found.setdefault("block-xla", ("block", None))
+    return found
+
+
+def compiled(config: Config, devices: list[Any], implementation: str | None = None) -> Compiled:
     """The update of `config` on `devices`, which need not be at hand."""
-    run = step.programs(config, VOCAB, devices)
+    run = step.programs(config, VOCAB, devices, implementation=implementation)
     tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), np.int32, sharding=run.place)
     start = time.monotonic()
     # So that what asks for the platform or the chip while it is traced is told of the target.
@@ -189,21 +201,24 @@ def main(words: list[str]) -> int:
     try:
         devices = target.devices(args["chip"], args["fsdp"])
         chip = target.chip(devices[0])
-        arms = {name: _arm(args, shape, name, devices, chip) for name in ARMS}
+        found = {name: _arm(args, shape, name, devices, chip) for name in arms()}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    against_plain(arms, shape, chip)
+    against_plain(found, shape, chip)
     whole = report.provenance(f"{devices[0].device_kind}, compiled for and not run")
     whole |= {"chip": {"name": args["chip"]} | chip._asdict(), "shape": shape | {"vocab": VOCAB}}
-    whole |= {"bound": arms["plain"].pop("bound"), "arms": arms}
+    whole |= {"bound": found["plain"].pop("bound"), "arms": found}
     print(table(whole))
     report.write(whole, args["out"])
     return 0
 
 
 def _arm(args, shape, name, devices, chip):
-    program = compiled(config(shape, ARMS[name]), devices)
+    residual, implementation = arms()[name]
+    program = compiled(config(shape, residual), devices, implementation)
+    if ("%depth_mix" in program.text) != (name == "block-kernel"):
+        raise UserError(f"the arm {name} was compiled with the other arm's reads over depth")
     print(f"{args['chip']} {name}: compiled in {program.seconds:.0f} s", file=sys.stderr, flush=True)
     if args["keep"]:
         file = Path(args["keep"]) / f"{args['chip']}-{shape['model.blocks']}-{name}.hlo"
