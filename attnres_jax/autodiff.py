@@ -1,6 +1,8 @@
-"""Two pieces of automatic differentiation that the loop over depth needs, and JAX does not have."""
+"""Pieces of automatic differentiation that the loop over depth needs, and JAX does not have."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,75 +10,210 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
 
 
-def append_scan(steps, split, count, rows, xs):
-    """Scan whose carry only grows: the `steps`, in turn, each append a row, `reps` times over.
+class Once(NamedTuple):
+    """Arrays [S, ...] of which exactly one step takes each row: its cotangent is written, never added."""
 
-    Of iteration i, step j takes its part of `split(xs_i)`: `new, y = step(rows, n, part)`, then
-    `rows[n : n + 1] = new`; it sees n rows (`count` at first) and must read none beyond. Returns the
-    full rows and, for each step, the stacked y. Each row is written once, so the finished array
-    serves the backward pass of every step: a plain scan would keep one copy of the rows a step, and
-    steps joined into one would compute the rows that they hand each other again.
+    rows: Any
+
+
+class Block(NamedTuple):
+    """One iteration of `append_scan`: `open`, then steps in turn, `segments` of them `reps` times over.
+
+    `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
+    their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
+    step(shared, carry, inputs)`: it hands on `shared` unchanged, so that the cotangent of later steps
+    comes in that way, to be added to in place. The last carry is the new row.
     """
-    new_rows = len(steps) * len(jax.tree.leaves(xs)[0])
-    rows = jnp.pad(rows, [(0, new_rows)] + [(0, 0)] * (rows.ndim - 1))
-    parts = split(jax.tree.map(lambda a: a[0], xs))
-    args = [(step, rows, jnp.int32(count), part) for step, part in zip(steps, parts, strict=True)]
-    steps, closed_over = zip(*(jax.closure_convert(*a) for a in args), strict=True)
-    return _append_scan(steps, split, count, rows, xs, closed_over)
+
+    open: Callable[..., tuple[Any, Array, list[list[Any]]]]
+    segments: tuple[tuple[tuple[Callable[..., Any], ...], int], ...]
+
+    @property
+    def kept(self) -> int:
+        """Carries to keep: one before each step, but for a first one that `open` makes again."""
+        return sum(len(steps) * reps for steps, reps in self.segments) - (self.segments[0][1] == 1)
+
+
+def append_scan(blocks, split, count, rows, xs):
+    """Scan over `blocks`, `reps` times over, each of which appends a row and sees the rows before it.
+
+    Of iteration i, block j takes its part of `split(xs_i)`. Returns the rows and, for each block, segment
+    and step, the stacked y. Kept for the backward pass: the rows, once, for each was written once; the carry
+    before each step, in one array that grows as they do (scans inside scans would copy theirs); what steps
+    keep of their own. What `open` makes is made again.
+    """
+    reps, kept = len(jax.tree.leaves(xs)[0]), sum(block.kept for block in blocks)
+    rows = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
+    converted, closed_over = [], []
+    for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
+        n = jnp.int32(count)
+        shared, carry, inputs = block.open(rows, n, own)  # for its types alone
+        start, of_start = jax.closure_convert(block.open, rows, n, own)
+        segments, of_steps = [], []
+        for (steps, times), values in zip(block.segments, inputs, strict=True):
+            args = [
+                (step, shared, carry, jax.tree.map(lambda a: a[0], v))
+                for step, v in zip(steps, values, strict=True)
+            ]
+            steps, closed = zip(*(jax.closure_convert(*a) for a in args), strict=True)
+            segments.append((steps, times))
+            of_steps.append(list(closed))
+        converted.append(Block(start, tuple(segments)))
+        closed_over.append([of_start, of_steps])
+    return _append_scan(tuple(converted), split, (count, reps * kept), rows, xs, closed_over)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _append_scan(steps, split, count, rows, xs, closed_over):
-    return _append_fwd(steps, split, count, rows, xs, closed_over)[0]
+def _append_scan(blocks, split, counts, rows, xs, closed_over):
+    return _append_fwd(blocks, split, counts, rows, xs, closed_over)[0]
 
 
-def _append_fwd(steps, split, count, rows, xs, closed_over):
-    starts = jnp.arange(count, len(rows), len(steps), dtype=jnp.int32)
+def _append_fwd(blocks, split, counts, rows, xs, closed_over):
+    kept = lax.empty((counts[1], *rows.shape[1:]), rows.dtype)
 
-    def body(rows, nx):
-        (n, x), ys, pulls = nx, [], []
-        for j, own in enumerate(zip(split(x), closed_over, strict=True)):
-            (new, y), pull = jax.vjp(
-                lambda rows, part, closed, j=j: steps[j](rows, n + j, part, *closed),
-                *(rows, *own),
-                saveable_args=False,  # they are handed back below, once, not kept for each step
-            )
-            rows = lax.dynamic_update_slice_in_dim(rows, new, n + j, 0)
+    def body(state, x):
+        (rows, n, kept, at), ys, pulls = state, [], []
+        for block, own, closed in zip(blocks, split(x), closed_over, strict=True):
+            new, (kept, at), y, pull = _forward(block, closed, rows, n, own, (kept, at))
+            rows, n = lax.dynamic_update_index_in_dim(rows, new, n, 0), n + 1
             ys.append(y)
             pulls.append(pull)
-        return rows, (ys, pulls)
+        return (rows, n, kept, at), (ys, pulls)
 
-    rows, (ys, pulls) = lax.scan(body, rows, (starts, xs))
-    return (rows, ys), (rows, starts, xs, closed_over, pulls)
+    (rows, _, kept, _), (ys, pulls) = lax.scan(body, (rows, jnp.int32(counts[0]), kept, jnp.int32(0)), xs)
+    return (rows, ys), (rows, kept, xs, closed_over, pulls)
 
 
-def _append_bwd(steps, split, count, residuals, cotangents):
-    rows, starts, xs, closed_over, pulls = residuals
+def _forward(block, closed_over, rows, n, own, keep):
+    """One block: its last carry, the kept ones, and for each segment and step y and pullback, [reps, ...]."""
+    shared, carry, inputs = block.open(rows, n, own, *closed_over[0])
+    ys, pulls = [], []
+    for s, ((steps, reps), values, closed) in enumerate(
+        zip(block.segments, inputs, closed_over[1], strict=True)
+    ):
+        made_again = s == 0 and reps == 1
+
+        def body(state, values, steps=steps, closed=closed, again=made_again):
+            (carry, kept, at), ys, pulls = state, [], []
+            for k, (step, value, own) in enumerate(zip(steps, values, closed, strict=True)):
+                if not (again and k == 0):
+                    kept, at = lax.dynamic_update_index_in_dim(kept, carry, at, 0), at + 1
+                call = partial(_spread, step)
+                (_, carry, y), pull = jax.vjp(call, shared, carry, value, own, saveable_args=False)
+                ys.append(y)
+                pulls.append(pull)
+            return (carry, kept, at), (ys, pulls)
+
+        (carry, *keep), (y, pull) = _loop(body, (carry, *keep), values, reps)
+        ys.append(y)
+        pulls.append(pull)
+    return carry, keep, ys, pulls
+
+
+def _spread(step, shared, carry, value, own):
+    return step(shared, carry, value, *own)
+
+
+def _append_bwd(blocks, split, counts, residuals, cotangents):
+    rows, kept, xs, closed_over, pulls = residuals
     d_rows, d_ys = cotangents
-    y_avals = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys)
+    of_y = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys)
 
-    def body(carry, step_values):
-        (d_rows, d_closed), (n, x, pulls, d_ys) = carry, step_values
-        d_ys, d_closed = _restore_float0(d_ys, y_avals), list(d_closed)
+    def body(state, values):
+        (d_rows, d_closed, n, at), (x, pulls, d_ys) = state, values
+        d_ys, d_closed = _restore_float0(d_ys, of_y), list(d_closed)
         parts, join = jax.vjp(split, x)
-        d_parts = [None] * len(steps)
-        for j in reversed(range(len(steps))):
-            args = jax.tree.leaves((rows, parts[j], closed_over[j]))
-            d_new = lax.dynamic_slice_in_dim(d_rows, n + j, 1)
-            more, d_parts[j], d_own = pulls[j].replace(args_res=args)((d_new, d_ys[j]))
-            d_rows, d_closed[j] = d_rows + more, jax.tree.map(jnp.add, d_closed[j], d_own)
-        return (d_rows, tuple(d_closed)), _drop_float0(join(d_parts)[0])
+        d_parts = [None] * len(blocks)
+        for j in reversed(range(len(blocks))):
+            n = n - 1
+            d_new = lax.dynamic_index_in_dim(d_rows, n, 0, keepdims=False)
+            args = (blocks[j], closed_over[j], rows, n, parts[j], kept, at, pulls[j], d_rows, d_new, d_ys[j])
+            d_rows, d_parts[j], d_own, at = _backward(*args)
+            d_closed[j] = jax.tree.map(jnp.add, d_closed[j], d_own)
+        return (d_rows, d_closed, n, at), _drop_float0(join(d_parts)[0])
 
-    init = (d_rows, jax.tree.map(jnp.zeros_like, closed_over))
-    values = (starts, xs, pulls, _drop_float0(d_ys))
-    (d_rows, d_closed), d_xs = lax.scan(body, init, values, reverse=True)
+    init = (d_rows, jax.tree.map(jnp.zeros_like, closed_over), jnp.int32(len(rows)), jnp.int32(len(kept)))
+    (d_rows, d_closed, _, _), d_xs = lax.scan(body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True)
     # A new row's own cotangent, used up, stays in d_rows: the transpose of the pad drops it.
     return d_rows, _restore_float0(d_xs, jax.tree.map(_tangent_aval, xs)), d_closed
 
 
+def _backward(block, closed_over, rows, n, own, kept, at, pulls, d_rows, d_carry, d_ys):
+    """The transpose of `_forward`, on what it kept: cotangents of rows (all so far), own, closed_over."""
+    opened = jax.vjp(lambda rows, own, closed: block.open(rows, n, own, *closed), rows, own, closed_over[0])
+    (shared, first, inputs), pull_open = opened
+    d_shared = _fresh(shared, d_rows)
+    of_shared = jax.tree.map(_tangent_aval, shared)
+    d_inputs: list[Any] = [None] * len(inputs)
+    d_closed: list[Any] = [None] * len(inputs)
+    for s in reversed(range(len(inputs))):
+        (steps, reps), closed = block.segments[s], closed_over[1][s]
+        made_again = s == 0 and reps == 1
+
+        of_y = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys[s])
+
+        def body(state, values, steps=steps, closed=closed, made_again=made_again, of_y=of_y):
+            (d_shared, d_carry, d_closed, at), (values, pulls, d_ys) = state, values
+            d_values, d_closed = [None] * len(steps), list(d_closed)
+            for k in reversed(range(len(steps))):
+                again = made_again and k == 0
+                at = at if again else at - 1
+                carry = first if again else lax.dynamic_index_in_dim(kept, at, 0, keepdims=False)
+                pull = pulls[k].replace(args_res=jax.tree.leaves((shared, carry, values[k], closed[k])))
+                d_out = (_restore_float0(d_shared, of_shared), d_carry, _restore_float0(d_ys[k], of_y[k]))
+                d_shared, d_carry, d_values[k], d_own = pull(d_out)
+                d_shared, d_closed[k] = _drop_float0(d_shared), jax.tree.map(jnp.add, d_closed[k], d_own)
+            return (d_shared, d_carry, d_closed, at), _drop_float0(d_values)
+
+        zeros = jax.tree.map(jnp.zeros_like, closed)
+        of_input = jax.tree.map(_tangent_aval, inputs[s])
+        values = (inputs[s], pulls[s], _drop_float0(d_ys[s]))
+        state, d_value = _loop(body, (d_shared, d_carry, zeros, at), values, reps, reverse=True)
+        d_shared, d_carry, d_closed[s], at = state
+        d_inputs[s] = _restore_float0(d_value, of_input)
+    d_rows, d_own, d_start = pull_open((_restore_float0(d_shared, of_shared), d_carry, d_inputs))
+    return d_rows, d_own, [d_start, d_closed], at
+
+
 _append_scan.defvjp(_append_fwd, _append_bwd)
+
+
+def _loop(body, state, xs, reps, reverse=False):
+    """`lax.scan`, but once is not a loop."""
+    if reps > 1:
+        return lax.scan(body, state, xs, reverse=reverse)
+    state, y = body(state, jax.tree.map(lambda a: a[0], xs))
+    return state, jax.tree.map(lambda a: a[None], y)
+
+
+def _fresh(shared, d_rows):
+    """The cotangent of `shared` after the last step: `d_rows` for its first leaf, nothing for the others."""
+
+    def start(node):
+        if isinstance(node, Once):
+            return jax.tree.map(lambda a: lax.empty(a.shape, a.dtype), node)
+        aval = _tangent_aval(node)
+        return None if aval.dtype == jax.dtypes.float0 else jnp.zeros(aval.shape, aval.dtype)
+
+    (_, *others), tree = jax.tree.flatten(shared, is_leaf=lambda node: isinstance(node, Once))
+    return jax.tree.unflatten(tree, [d_rows, *map(start, others)])
+
+
+@jax.custom_vjp
+def take(tree, j):
+    """Row `j` of every leaf of `Once`, and the leaves for others to take from."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, j, 0, keepdims=False), tree), tree
+
+
+def _take_bwd(j, cotangents):
+    row, rest = cotangents
+    return jax.tree.map(lambda d, r: lax.dynamic_update_index_in_dim(d, r, j, 0), rest, row), None
+
+
+take.defvjp(lambda tree, j: (take(tree, j), j), _take_bwd)
 
 
 def _tangent_aval(x):

@@ -44,6 +44,19 @@ class Partial(NamedTuple):
     lse: Float[Array, "*tokens"]
 
 
+class RMSNorm(NamedTuple):
+    """`v / rms(v) * scale`, a sublayer's pre-norm as a value: a kernel computes it together with the read."""
+
+    scale: Float[Array, " D"]
+    eps: float
+
+    def __call__(self, v: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """Statistics in at least fp32; rounded once, to the dtype of `v`."""
+        x = v.astype(compute_dtype(v.dtype))
+        rstd = lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + jnp.asarray(self.eps, x.dtype))
+        return (x * (rstd * self.scale.astype(x.dtype))).astype(v.dtype)
+
+
 def scores(w: Float[Array, "*S D"], v: Float[Array, "*tokens D"], eps: float) -> Float[Array, "..."]:
     """`w . RMSNorm(v)` for every query and token: an fp32 multiply-reduce, never a default matmul."""
     v = v.astype(compute_dtype(v.dtype))

@@ -1,34 +1,23 @@
 """The only dispatcher between the reference and the kernels. A named implementation runs, or raises."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from attnres_jax import depth
-from attnres_jax.depth import Partial, Rows
+from attnres_jax.autodiff import take
+from attnres_jax.choice import choose
+from attnres_jax.depth import Partial, RMSNorm, Rows
 from attnres_jax.placement import Placement
-
-IMPLEMENTATIONS = ("reference",)
-
-
-class Choice(NamedTuple):
-    """The implementation that runs, and why."""
-
-    implementation: str
-    reason: str
-
-
-def choose(implementation: str | None = None) -> Choice:
-    """Which implementation runs. Raises `ValueError` for a name that does not exist."""
-    if implementation is None:
-        return Choice("reference", "the only implementation so far: jnp, compiled by XLA")
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
-    return Choice(implementation, "named by the caller")
+from pallas_kernels.depth_merge import config as merge_config
+from pallas_kernels.depth_merge import vjp as merge_kernel
+from pallas_kernels.depth_mix import config as mix_config
+from pallas_kernels.depth_mix import vjp as mix_kernel
 
 
 def depth_mix(
@@ -36,42 +25,77 @@ def depth_mix(
     sources: Sequence[Rows],
     *,
     eps: float,
+    last: bool = False,
     implementation: str | None = None,
     placement: Placement | None = None,
-) -> Partial:
-    """Phase 1: S reads at once over completed summaries; mixture [S, ..., D], lse [S, ...]."""
-    choose(implementation)
+) -> tuple[Partial, tuple[Rows, ...]]:
+    """Phase 1: S reads at once over completed summaries: mixtures and lse, [S, ...], and the sources.
+
+    Later reads take the sources that come back, so that cotangents add up in place. `last`: none."""
+    arrays, counts = tuple(rows.array for rows in sources), tuple(rows.n for rows in sources)
+    shape = len(w), sum(map(len, arrays)), w.shape[-1], arrays[0].dtype
+    chosen, _ = choose(implementation, placement, shape[-1], partial(mix_config.tpu_refusal, *shape))
 
     @jax.named_scope("depth_mix")
-    def mix(w, sources):
-        return depth.partial_mix(w, sources, eps)
+    def mix(shared, arrays):
+        w, counts = shared
+        if chosen == "reference":
+            return depth.partial_mix(w, tuple(map(Rows, arrays, counts)), eps), () if last else arrays
+        shape, flat = arrays[0].shape[1:], tuple(map(_flat, arrays))
+        mixture, lse, after = mix_kernel.depth_mix(w, flat, counts, eps, not last, chosen)
+        done = Partial(mixture.reshape(-1, *shape), lse.reshape(-1, *shape[:-1]))
+        return done, tuple(a.reshape(-1, *shape) for a in after)
 
-    if placement is None:
-        return mix(w, sources)
-    rows = PartitionSpec(None, *placement.spec)
-    specs = jax.tree.map(lambda leaf: rows if jax.numpy.ndim(leaf) else PartitionSpec(), sources)
-    return placement.local(mix, w, (sources,), (specs,), rows)
+    done, after = _local(placement, mix, (w, counts), (arrays,), ("rows",), ("rows", "rows"))
+    return done, () if last else tuple(map(Rows, after, counts))
 
 
 def depth_merge(
     w: Float[Array, " D"],
     done: Partial,
     stream: Float[Array, "*tokens D"],
-    mask: Float[Array, ""],
+    j: Any,
+    first: Any,
     *,
+    norm: RMSNorm | None = None,
     eps: float,
     implementation: str | None = None,
     placement: Placement | None = None,
-) -> Float[Array, "*tokens D"]:
-    """Phase 2: Phase 1 of one read, merged with the running sum. `mask` = -inf hides an empty sum."""
-    choose(implementation)
+) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
+    """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed.
+
+    Returns it, and `done` and the sum for later reads to take, as `depth_mix` returns its sources."""
+    shape = w.shape[-1], stream.dtype
+    chosen, _ = choose(implementation, placement, shape[-1], partial(merge_config.tpu_refusal, *shape))
 
     @jax.named_scope("depth_merge")
-    def merge(w, done, stream, mask):
-        return depth.merge(done, Partial(stream, depth.scores(w, stream, eps) + mask)).mixture
+    def merge(shared, done, stream):
+        w, scale, j, first = shared
+        if chosen == "reference":
+            one, done = take(done, j)
+            hidden = jnp.where(first, -jnp.inf, jnp.zeros((), w.dtype))
+            mixture = depth.merge(one, Partial(stream, depth.scores(w, stream, eps) + hidden)).mixture
+            return mixture if scale is None else RMSNorm(scale, norm_eps)(mixture), done, stream
+        shape = stream.shape
+        flat = (_flat(done.mixture), done.lse.reshape(len(done.lse), -1), stream.reshape(-1, shape[-1]))
+        options = (eps, norm_eps, False, chosen)
+        x, _, stream, *after = merge_kernel.depth_merge(w, scale, *flat, None, j, first, *options)
+        done = Partial(after[0].reshape(-1, *shape), after[1].reshape(-1, *shape[:-1]))
+        return x.reshape(shape), done, stream.reshape(shape)
 
+    scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
+    shared, kinds = (w, scale, j, first), ("tokens", "rows", "tokens")
+    return _local(placement, merge, shared, (done, stream), kinds[1:], kinds)
+
+
+def _flat(rows):
+    return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def _local(placement, op, shared, args, kinds, out_kinds):
+    """`op(shared, *args)`, each device on its own tokens; "rows" have an axis before the tokens."""
     if placement is None:
-        return merge(w, done, stream, mask)
-    spec = placement.spec
-    specs = (spec, spec, PartitionSpec())
-    return placement.local(merge, w, (done, stream, mask), specs, spec)
+        return op(shared, *args)
+    specs = {"tokens": placement.spec, "rows": PartitionSpec(None, *placement.spec)}
+    inside, outside = (tuple(specs[k] for k in some) for some in (kinds, out_kinds))
+    return placement.local(op, shared, args, inside, outside)

@@ -31,16 +31,21 @@ class Placement:
     def _inside(self, x):
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.spec[0])))
 
-    def local(self, op: Callable[..., Any], w: Array, args: tuple, specs: tuple, out_specs: Any) -> Any:
-        """`op(w, *args)`, each device on its own tokens; the gradient of `w` is summed outside of `op`."""
+    def local(self, op: Callable[..., Any], shared: Any, args: tuple, specs: tuple, out_specs: Any) -> Any:
+        """`op(shared, *args)`, each device on its own tokens; gradients of `shared` are summed outside.
+
+        Every axis of the mesh is manual inside, as a kernel must have it; those that are already stay so.
+        """
         axes = {a for axes in self.spec for a in (axes if isinstance(axes, tuple) else (axes,))}
 
-        def run(w, *args):
-            return op(lax.pcast(w, tuple(axes), to="varying"), *args)
+        def run(shared, *args):
+            return op(jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying"), shared), *args)
 
+        around = jax.sharding.get_abstract_mesh()
+        free = {*self.mesh.axis_names} - {*around.manual_axes}
+        where = {"mesh": around if around.manual_axes else self.mesh, "axis_names": free}
         specs = (PartitionSpec(), *specs)
-        mapped = jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=axes)
-        return mapped(w, *args)
+        return jax.shard_map(run, in_specs=specs, out_specs=out_specs, **where)(shared, *args)
 
 
 def platform(placement: Placement | None = None) -> str:

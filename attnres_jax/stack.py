@@ -5,7 +5,7 @@ the backward pass: the stream before each sublayer and the block summaries, one 
 is recomputed under the caller's checkpoint policy.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -17,10 +17,23 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from attnres_jax.autodiff import append_scan, reverse_only
+from attnres_jax.autodiff import Block, append_scan, reverse_only
 from attnres_jax.depth import Rows
 from attnres_jax.placement import Placement
-from attnres_jax.residuals.base import Mix, PyTree, Read, Scheme
+from attnres_jax.residuals.base import Mix, Norm, PyTree, Read, Scheme
+from attnres_jax.spelling import (
+    belonging,
+    by_kind,
+    check_layers,
+    cut,
+    fold,
+    join,
+    runs,
+    segments,
+    spell,
+    stack,
+    unfold,
+)
 
 policies = jax.checkpoint_policies
 
@@ -28,11 +41,12 @@ policies = jax.checkpoint_policies
 class Layer(NamedTuple):
     """The layers of one kind, stacked: leaves of `params` and `inputs` are [n, ...], n layers of the kind.
 
-    `norm(params, h) -> x` is the pre-norm; `apply(params, x, inputs) -> (y, aux)` the function of the normed
-    input. `inputs` are per-layer values (caches, keys); `aux` is any pytree (losses, caches).
+    `norm(params)` is the pre-norm, a function of h: a `depth.RMSNorm`, which a kernel computes together with
+    the read, or any other. `apply(params, x, inputs) -> (y, aux)` is the function of the normed input.
+    `inputs` are per-layer values (caches, keys); `aux` is any pytree (losses, caches).
     """
 
-    norm: Callable[[PyTree, Array], Array]
+    norm: Callable[[PyTree], Norm]
     apply: Callable[[PyTree, Array, PyTree], tuple[Array, PyTree]]
     params: PyTree
     inputs: PyTree = None
@@ -74,7 +88,7 @@ class Depth:
     slots: tuple = ()  # of the sublayers of this block that are still to come
     stream: PyTree = None
 
-    def read(self, norm: Callable[[Array], Array] = lambda h: h) -> Read:
+    def read(self, norm: Norm = lambda h: h) -> Read:
         """The input of the next sublayer: `.x`, which has passed `norm` if one is given."""
         self._check(self.slots, "call finish()")
         return self.scheme.read(self.slots[0], self.history, self.stream, norm)
@@ -98,7 +112,7 @@ class Depth:
             return replace(self, stream=None)
         schedule = self.scheme.schedule(self.sublayers)
         size = schedule.sizes[schedule.openings.index(self.at)]
-        stacked, history = self.scheme.open(_cut(self.mix.sublayers, self.at, size), self.history)
+        stacked, history = self.scheme.open(cut(self.mix.sublayers, self.at, size), self.history)
         slots = tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(size))
         return replace(self, history=history, slots=slots, stream=self.scheme.begin(history))
 
@@ -129,7 +143,7 @@ def through_depth(
 
     Args:
       policy: what a sublayer keeps for the backward pass, of `jax.checkpoint_policies`; None keeps nothing.
-      implementation: of the ops (`ops.choose`). "reference" is also literal here: one phase, unrolled,
+      implementation: of the ops (`choice.choose`). "reference" is also literal here: one phase, unrolled,
         no checkpoint, plain autodiff, so that forward mode, higher orders and fp64 work.
       placement: where activations lie on a mesh; reads then run on each device's own tokens.
       record: also return `Record`; literal and unrolled, for analysis.
@@ -137,7 +151,7 @@ def through_depth(
     Raises:
       ValueError: where kinds, layers, mix and x do not fit together.
     """
-    _check_layers(kinds, layers)
+    check_layers(kinds, layers)
     _check_mix(scheme, mix, len(kinds), x)
     scheme = replace(scheme, implementation=implementation, placement=placement)
     if placement:
@@ -162,174 +176,106 @@ def _literal(scheme, mix, kinds, layers, x, record):
     for l, kind in enumerate(kinds):
         layer, i = layers[kind], kinds[:l].count(kind)
         params, inputs = jax.tree.map(lambda a, i=i: a[i], (layer.params, layer.inputs))
-        reads.append(depth.read(partial(layer.norm, params)))
+        reads.append(depth.read(layer.norm(params)))
         y, extra = layer.apply(params, reads[-1].x, inputs)
         depth = depth.write(y)
         outputs.append(y)
         aux[kind].append(extra)
     reads.append(depth.finish())
-    mixtures, aux = [read.mixture for read in reads], {k: _stack(extras) for k, extras in aux.items()}
+    mixtures, aux = [read.mixture for read in reads], {k: stack(extras) for k, extras in aux.items()}
     weights = tuple(read.weights for read in reads)
     recorded = Record(jnp.stack(outputs), jnp.stack(mixtures), weights) if record else None
     return DepthOutput(mixtures[-1], aux, recorded)
 
 
 def _scanned(scheme, mix, kinds, layers, shares, x, policy):
-    """Equal consecutive blocks in one scan, the others one by one; every block under `jax.checkpoint`."""
+    """Equal consecutive blocks in one scan, the others one by one."""
+    steps = {k: _sublayer(scheme, layer, policy) for k, layer in layers.items()}
     keep = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
-    run = partial(_block, scheme, layers, policy)
     history, at, parts, whole = scheme.start(x), 0, [], (mix.sublayers, shares)
-    for blocks, reps in runs(_spell(kinds, scheme.schedule(len(kinds)))):
+    for blocks, reps in runs(spell(kinds, scheme.schedule(len(kinds)))):
         scan = reps > 1 and scheme.append_only
         for some, times in [(blocks, reps)] if scan else [([b], 1) for b in blocks * reps]:
-            own = partial(_own, kinds, at, "".join(some) * times)
+            own = partial(belonging, kinds, at, "".join(some) * times)
             if scan:
-                history, aux = _repeat(run, some, times, keep, own(whole), history)
+                history, aux = _repeat(scheme, steps, some, times, own(whole), history)
             else:
-                history, aux = _once(scheme, run, some[0], keep, own, whole, history)
+                history, aux = _once(scheme, steps, some[0], keep, own, whole, history)
             parts.append(aux)
             at += len("".join(some)) * times
-    finish = jax.checkpoint(lambda mix, history: scheme.finish(mix, history).mixture)
-    return DepthOutput(finish(mix.output, history), _join(parts), None)
+    h = jax.checkpoint(lambda mix, history: scheme.finish(mix, history).mixture)(mix.output, history)
+    return DepthOutput(h, join(parts), None)
 
 
-def _repeat(run, blocks, reps, keep, own, history):
+def _sublayer(scheme, layer, policy):
+    """One sublayer of a kind: `history, stream, aux = step(history, stream, (slot, (params, inputs)))`."""
+
+    def step(history, stream, own):
+        slot, (params, inputs) = own
+        read = scheme.read(slot, history, stream, layer.norm(params))
+        y, aux = layer.apply(params, read.x, inputs)
+        return read.history, scheme.write(slot, read.stream, y), aux
+
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def _repeat(scheme, steps, blocks, reps, own, history):
     """`reps` times the same blocks over an append-only history: one body, one array of rows."""
-
-    def step(block, rows, n, own):
-        (_, new), aux = run(block, (Rows(rows, n),), own)
-        return new.array, aux
 
     def split(own):
         places = accumulate(map(len, blocks), initial=0)
-        return [_own("".join(blocks), at, b, own) for at, b in zip(places, blocks, strict=False)]
+        return [belonging("".join(blocks), at, b, own) for at, b in zip(places, blocks, strict=False)]
+
+    def block(kinds):
+        def start(rows, n, own):
+            slots, history = scheme.open(own[0], (Rows(rows, n),))
+            return history, scheme.begin(history), segments(kinds, (slots, own[1]))
+
+        return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in runs(kinds)))
 
     rows = jnp.concatenate([r.array for r in history])
-    steps = [jax.checkpoint(partial(step, b), policy=keep, prevent_cse=False) for b in blocks]
-    rows, aux = append_scan(steps, split, len(rows), rows, _fold(own, reps))
-    return (Rows(rows),), _unfold(_join(aux, 1))
+    rows, ys = append_scan([block(b) for b in blocks], split, len(rows), rows, fold(own, reps))
+    return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))
 
 
-def _once(scheme, run, block, keep, own, whole, history):
+def _once(scheme, steps, kinds, keep, own, whole, history):
     """A block as it is. Sliced inside the checkpoint, so that no copy of the parameters is kept; what an
     append-only history already held is not an output, or it would be kept twice."""
     held = len(history) if scheme.append_only else 0
 
-    def new(history, whole):
-        after, aux = run(block, history, own(whole))
-        return after[held:] if held else after, aux
+    def block(history, whole):
+        mix, shares = own(whole)
+        slots, history = scheme.open(mix, history)
+        history, stream, ys = _sublayers(steps, kinds, history, scheme.begin(history), (slots, shares))
+        after = scheme.close(history, stream)
+        return after[held:] if held else after, by_kind(kinds, ys)
 
-    after, aux = jax.checkpoint(new, policy=keep)(history, whole)
+    after, aux = jax.checkpoint(block, policy=keep)(history, whole)
     return (*history, *after) if held else after, aux
 
 
-def _block(scheme, layers, policy, kinds, history, own):
-    """One block, opened on all that is completed. Returns the history and aux."""
-    mix, shares = own
-    slots, history = scheme.open(mix, history)
-    stream, aux = _sublayers(scheme, layers, policy, kinds, slots, shares, history)
-    return scheme.close(history, stream), aux
-
-
-def _sublayers(scheme, layers, policy, kinds, slots, shares, history):
+def _sublayers(steps, kinds, history, stream, own):
     """The sublayers of one block: what repeats is scanned. The stream before each is what is kept."""
 
-    def sublayer(j, kind, i, slots, shares, history, stream):
-        slot, (params, inputs) = jax.tree.map(lambda a: a[j], slots), jax.tree.map(lambda a: a[i], shares)
-        read = scheme.read(slot, history, stream, partial(layers[kind].norm, params))
-        y, aux = layers[kind].apply(params, read.x, inputs)
-        return scheme.write(slot, stream, y), aux
+    def body(stream, values, period, history, begins=False):
+        ys = []
+        for k, (kind, value) in enumerate(zip(period, values, strict=True)):
+            if not (begins and k == 0):  # which is made again
+                stream = jax.tree.map(lambda a: checkpoint_name(a, "stream"), stream)
+            history, stream, y = steps[kind](history, stream, value)
+            ys.append(y)
+        return stream, ys, history
 
-    def body(period, first, stream, xs):
-        slots, shares = xs
-        aux = {k: [] for k in period}
-        for j, kind in enumerate(period):
-            f = partial(sublayer, j, kind, period[:j].count(kind))
-            step = jax.checkpoint(f, policy=policy, prevent_cse=False)
-            kept = stream if first and j == 0 else _keep(stream)
-            stream, extra = step(slots, shares[kind], history, kept)
-            aux[kind].append(extra)
-        return stream, {k: _stack(extras) for k, extras in aux.items()}
-
-    stream, at, parts = scheme.begin(history), 0, []
-    for period, reps in runs(kinds):
-        own = _own(kinds, at, period * reps, (slots, shares))
-        if reps == 1:
-            stream, aux = body(period, at == 0, stream, own)
+    ys = []
+    for (period, reps), values in zip(runs(kinds), segments(kinds, own), strict=True):
+        if reps > 1:
+            stream, y = lax.scan(lambda s, v, p=period, h=history: body(s, v, p, h)[:2], stream, values)
         else:
-            stream, aux = lax.scan(partial(body, period, False), stream, _fold(own, reps))
-            aux = _unfold(aux)
-        parts.append(aux)
-        at += len(period) * reps
-    return stream, _join(parts)
-
-
-def runs(seq: Any) -> Iterator[tuple[Any, int]]:
-    """Spell `seq` as periods and how often each repeats: "bkmkm" -> ("b", 1), ("km", 2)."""
-
-    def repeats(p):
-        return next(r for r in range(1, len(seq) + 1) if seq[r * p : (r + 1) * p] != seq[:p])
-
-    while seq:
-        # The fewest bodies: a period's, and one for each sublayer that its repeats leave over.
-        bodies = {p: p + len(seq) - p * repeats(p) for p in range(1, len(seq)) if repeats(p) > 1}
-        period = min(bodies, key=lambda p: (bodies[p], p)) if bodies else 1
-        yield seq[:period], repeats(period)
-        seq = seq[period * repeats(period) :]
-
-
-def _spell(kinds, schedule):
-    return [kinds[o : o + s] for o, s in zip(schedule.openings, schedule.sizes, strict=True)]
-
-
-def _own(kinds, at, span, whole):
-    """Of (leaves [L, ...], kind -> leaves [n, ...]), those of the sublayers `kinds[at : at + len(span)]`."""
-    each, by_kind = whole
-    return _cut(each, at, len(span)), {
-        k: _cut(by_kind[k], kinds[:at].count(k), span.count(k)) for k in sorted(set(span))
-    }
-
-
-def _cut(tree, at, size):
-    return jax.tree.map(lambda a: a[at : at + size], tree)
-
-
-def _fold(tree, reps):
-    return jax.tree.map(lambda a: a.reshape(reps, -1, *a.shape[1:]), tree)
-
-
-def _unfold(tree):
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
-
-
-def _stack(trees):
-    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
-
-
-def _join(parts, axis=0):
-    """Aux of consecutive spans, by kind, along the axis of layers."""
-    kinds = sorted({k for part in parts for k in part})
-    by_kind = {k: [part[k] for part in parts if k in part] for k in kinds}
-    return {k: jax.tree.map(lambda *a: jnp.concatenate(a, axis), *v) for k, v in by_kind.items()}
-
-
-def _keep(stream):
-    return jax.tree.map(lambda a: checkpoint_name(a, "stream"), stream)
-
-
-def _check_layers(kinds, layers):
-    if not kinds:
-        raise ValueError("kinds is empty: spell at least one sublayer, such as 'am'")
-    for kind in sorted(set(kinds)):
-        if kind not in layers:
-            known = ", ".join(map(repr, sorted(layers)))
-            raise ValueError(f"kinds spells {kind!r}, which layers does not have (it has {known})")
-        for path, leaf in jax.tree.leaves_with_path((layers[kind].params, layers[kind].inputs)):
-            if jnp.shape(leaf)[:1] != (kinds.count(kind),):
-                raise ValueError(
-                    f"layers[{kind!r}] leaf {jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}: its "
-                    f"first axis must be {kinds.count(kind)}, how often {kind!r} stands in kinds"
-                )
+            values = jax.tree.map(lambda a: a[0], values)
+            stream, y, history = body(stream, values, period, history, begins=not ys)
+            y = jax.tree.map(lambda a: a[None], y)
+        ys.append(y)
+    return history, stream, ys
 
 
 def _check_mix(scheme, mix, sublayers, x):

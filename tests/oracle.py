@@ -98,7 +98,7 @@ def _branch(kind, layers, x):
     def call(index, h, kind=kind):
         layer = layers[kind]
         params, inputs = jax.tree.map(lambda leaf: leaf[index], (layer.params, layer.inputs))
-        return layer.apply(params, layer.norm(params, h), inputs)
+        return layer.apply(params, layer.norm(params)(h), inputs)
 
     def branch(index, h):
         y, aux = call(index, h)

@@ -11,7 +11,7 @@ import toys
 
 from attnres_jax import depth, ops
 from attnres_jax.axes import compute_dtype
-from attnres_jax.depth import Partial, Rows
+from attnres_jax.depth import Rows
 
 EPS = 1e-6
 # name: (R, B, T, D)
@@ -49,17 +49,15 @@ def first_phase(arguments, spare=0):
     rest = Rows(jnp.concatenate([values[1:], rubbish]), len(values) - 1 if spare else None)
     w = jnp.stack([w_of(arguments) * factor for factor in (1.0, -0.5, 0.25)])
     sources = (first, rest) if len(rest.array) else (first,)
-    return ops.depth_mix(w, sources, eps=EPS).mixture
+    return ops.depth_mix(w, sources, eps=EPS)[0].mixture
 
 
 def two_phases(arguments):
     """All but the last source in phase 1, the last merged in phase 2."""
     *done, stream = arguments["values"]
     w = w_of(arguments)
-    mask = jnp.zeros((), w.dtype)
-    phase1 = ops.depth_mix(w[None], (Rows(jnp.stack(done)),), eps=EPS)
-    phase1 = Partial(phase1.mixture[0], phase1.lse[0])
-    return ops.depth_merge(w, phase1, stream, mask, eps=EPS)[None]
+    phase1 = ops.depth_mix(w[None], (Rows(jnp.stack(done)),), eps=EPS)[0]
+    return ops.depth_merge(w, phase1, stream, 0, False, eps=EPS)[0][None]
 
 
 def equation(arguments, factors=(1.0,)):

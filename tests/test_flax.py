@@ -110,7 +110,7 @@ def by_verbs(scheme, L, params, x):
 
 
 def by_scan(scheme, L, params, x):
-    layers = {"m": Layer(lambda _, h: h, apply, params["layers"])}
+    layers = {"m": Layer(lambda _: lambda h: h, apply, params["layers"])}
     return through_depth(scheme, params["mix"], "m" * L, layers, x).h
 
 

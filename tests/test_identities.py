@@ -146,7 +146,7 @@ def cursor(scheme, kinds, toy):
     layers, state = toys.layers(toy.params), start(scheme, mix, len(kinds), toy.x)
     for l, kind in enumerate(kinds):
         params = jax.tree.map(lambda a, i=kinds[:l].count(kind): a[i], layers[kind].params)
-        x = state.read(lambda h, kind=kind, params=params: layers[kind].norm(params, h)).x
+        x = state.read(lambda h, kind=kind, params=params: layers[kind].norm(params)(h)).x
         state = state.write(layers[kind].apply(params, x, None)[0])
     return toys.oracle.Stack(state.finish().mixture, None, None, None, {})
 
@@ -201,7 +201,7 @@ def test_the_oracle_against_a_plain_loop(x64):
     for l, kind in enumerate(kinds):
         h = read(sublayers["query"][l], sublayers["key_scale"][l])
         params = jax.tree.map(lambda a, i=kinds[:l].count(kind): a[i], layers[kind].params)
-        y = np.asarray(layers[kind].apply(params, layers[kind].norm(params, h), None)[0])
+        y = np.asarray(layers[kind].apply(params, layers[kind].norm(params)(h), None)[0])
         partial = y if partial is None else partial + y
         if (l + 1) % size == 0:
             blocks, partial = [*blocks, partial], None

@@ -1,5 +1,7 @@
 """Whole stacks against the fp64 oracle, and everything `through_depth` carries beside the stream."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +138,9 @@ class Extras:
         def make(params):
             apply = {"a": attention, "m": mlp, "k": toys.cumulative}
             return {
-                k: Layer(toys.rms_norm, apply[k], params[k], self.inputs(k, arguments["gains"]))
+                k: Layer(
+                    partial(partial, toys.rms_norm), apply[k], params[k], self.inputs(k, arguments["gains"])
+                )
                 for k in params
             }
 
@@ -221,7 +225,7 @@ def test_aux_is_stacked_in_order_of_depth(implementation):
             return x, {"place": inputs}
 
         return {
-            kind: Layer(toys.rms_norm, apply, params[kind], places)
+            kind: Layer(partial(partial, toys.rms_norm), apply, params[kind], places)
             for kind, places in (
                 (kind, np.flatnonzero(np.array(list(kinds)) == kind).astype(np.int32)) for kind in params
             )

@@ -4,6 +4,7 @@
 drawn with numpy and rounded to fp32 (or bf16), so that every precision sees the same numbers.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -100,12 +101,12 @@ APPLY = {"a": attention, "m": mlp, "k": cumulative}
 
 
 def layers(params, norm=rms_norm) -> dict[str, Layer]:
-    return {kind: Layer(norm, APPLY[kind], params[kind]) for kind in params}
+    return {kind: Layer(partial(partial, norm), APPLY[kind], params[kind]) for kind in params}
 
 
 def identity_layers(params, apply) -> dict[str, Layer]:
     """Layers without a pre-norm, all with the same function."""
-    return {kind: Layer(_identity, apply, params[kind]) for kind in params}
+    return {kind: Layer(partial(partial, _identity), apply, params[kind]) for kind in params}
 
 
 def _identity(params, h):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
+from attnres_jax.depth import RMSNorm
 from attnres_jax.models.attention import attend as attention_over_time
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
@@ -166,8 +167,9 @@ def _stacked(make, count, rngs):
 def _layer(stack, positions, segments, attend):
     graph, params = nnx.split(stack)
 
-    def norm(params, h):
-        return nnx.merge(graph, params).norm(h)
+    def norm(params):
+        own = nnx.merge(graph, params).norm
+        return RMSNorm(own.scale[...], own.epsilon)
 
     def apply(params, x, _):
         return nnx.merge(graph, params)(x, positions, segments, attend), None

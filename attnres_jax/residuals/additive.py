@@ -31,7 +31,7 @@ class Plain(Scheme):
         return history
 
     def read(self, slot, history, stream, norm):
-        return Read(norm(stream), stream, _ones(stream))
+        return Read(norm(stream), stream, _ones(stream), history, stream)
 
     def write(self, slot, stream, y):
         return stream + y

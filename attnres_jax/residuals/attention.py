@@ -8,21 +8,27 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnres_jax import depth, ops
+from attnres_jax.autodiff import Once, take
 from attnres_jax.axes import compute_dtype
 from attnres_jax.residuals.base import Mix, Read, Scheme, append
 from attnres_jax.schedule import BlockSchedule
 
 
 class Slot(NamedTuple):
-    """A sublayer's share of Phase 1; `open` returns S of them, stacked. `done` is None in one phase."""
+    """A sublayer's share: its query, and its row of Phase 1. `open` returns the S of a block, stacked."""
 
     w: Float[Array, "... D"]
-    mask: Float[Array, "..."]
-    """-inf for the first sublayer of a block, whose running sum is empty, else 0."""
-    done: depth.Partial | None
+    j: Int[Array, "..."]
+
+
+class Opened(NamedTuple):
+    """History inside a block: the summaries, and Phase 1 of all its S reads (None in one phase)."""
+
+    rows: tuple[depth.Rows, ...]
+    done: Once | None
 
 
 @dataclass(frozen=True)
@@ -58,32 +64,40 @@ class AttnRes(Scheme):
 
     def open(self, mix, history):
         w = _weight(mix, history)
-        mask = jnp.where(jnp.arange(len(w)) == 0, -jnp.inf, jnp.zeros((), w.dtype))
-        return Slot(w, mask, ops.depth_mix(w, history, **self._how) if self.two_phase else None), history
+        slot = Slot(w, jnp.arange(len(w)))
+        if not self.two_phase:
+            return slot, Opened(history, None)
+        done, rows = ops.depth_mix(w, history, **self._how)
+        return slot, Opened(rows, Once(done))
 
     def begin(self, history):
-        return jnp.zeros_like(history[0].array[0]) if self.two_phase else None
+        return jnp.zeros_like(history.rows[0].array[0]) if self.two_phase else None
 
     def read(self, slot, history, stream, norm):
         if not self.two_phase:
             running = () if stream is None else (stream,)
-            mixture, weights = depth.mix(slot.w, (*_unstack(history), *running), self.eps)
-        elif self.block_size == 1:
-            mixture, weights = slot.done.mixture, None
-        else:
-            mixture, weights = ops.depth_merge(slot.w, slot.done, stream, slot.mask, **self._how), None
-        return Read(norm(mixture), mixture, weights)
+            mixture, weights = depth.mix(slot.w, (*_unstack(history.rows), *running), self.eps)
+            return Read(norm(mixture), mixture, weights, history, stream)
+        if self.block_size == 1:
+            (mixture, _), done = take(history.done.rows, 0)
+            return Read(norm(mixture), mixture, None, history._replace(done=Once(done)), stream)
+        fused = norm if isinstance(norm, depth.RMSNorm) else None
+        args = (slot.w, history.done.rows, stream, slot.j, slot.j == 0)
+        h, done, stream = ops.depth_merge(*args, norm=fused, **self._how)
+        x, mixture = (h, None) if fused else (norm(h), h)
+        return Read(x, mixture, None, history._replace(done=Once(done)), stream)
 
     def write(self, slot, stream, y):
         return y if stream is None else stream + y
 
     def close(self, history, stream):
-        return append(history, stream)
+        return append(history.rows, stream)
 
     def finish(self, mix, history):
         w = _weight(mix, history)
         if self.two_phase:
-            mixture, weights = ops.depth_mix(w[None], history, **self._how).mixture[0], None
+            done, _ = ops.depth_mix(w[None], history, last=True, **self._how)
+            mixture, weights = done.mixture[0], None
         else:
             mixture, weights = depth.mix(w, _unstack(history), self.eps)
         return Read(mixture, mixture, weights)

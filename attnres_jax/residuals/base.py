@@ -41,17 +41,20 @@ class Mix(NamedTuple):
 class Read(NamedTuple):
     """`x` enters the sublayer, `mixture` is h before the norm, `weights` [R,B,T] of the sources.
 
-    `weights` is `None` where the scheme does not compute them in one place (two-phase reads).
+    `mixture` is `None` where a kernel took the norm (a `depth.RMSNorm`), `weights` in two-phase reads. Later
+    reads and `write` take `history` and `stream`: the same values, whose cotangents kernels sum as they go.
     """
 
     x: Float[Array, "B T D"]
-    mixture: Float[Array, "B T D"]
+    mixture: Float[Array, "B T D"] | None
     weights: Float[Array, "R B T"] | None
+    history: PyTree = None
+    stream: PyTree = None
 
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """The protocol; `implementation` names the op implementation (`ops.choose`), `placement` its devices."""
+    """The protocol; `implementation` names that of the ops (`choice.choose`), `placement` its devices."""
 
     implementation: str | None = None
     placement: Placement | None = None

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from attnres_jax import ops
+from attnres_jax import choice
 from attnres_jax.configs import Config
 from attnres_jax.parallel import processes
-from attnres_jax.parallel.mesh import from_rows
+from attnres_jax.parallel.mesh import from_rows, placement
 from attnres_jax.train import stopping, workdir
 from attnres_jax.train.checkpoint import Checkpoints
 from attnres_jax.train.data import Batches, Corpus, open_corpus, train_batches
@@ -137,7 +137,7 @@ class _Loop(NamedTuple):
 def _announcement(folder, config, state, run):
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     size = f" of S = {config.block_size}" if config.residual == "block" else ""
-    ran, devices = ops.choose(), run.mesh.devices.ravel()
+    ran, devices = choice.choose(None, placement(run.mesh)), run.mesh.devices.ravel()
     axes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
     mesh = f" ({axes}; {jax.process_count()} processes)" if axes else ""
     return (

@@ -1,0 +1,51 @@
+"""Which implementation of the ops runs, and why: kernels where the devices and the shapes allow."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnres_jax.placement import Placement
+
+IMPLEMENTATIONS = ("reference", "tpu")
+
+
+class Choice(NamedTuple):
+    """The implementation that runs, and why."""
+
+    implementation: str
+    reason: str
+
+
+def choose(
+    implementation: str | None = None,
+    placement: Placement | None = None,
+    dtype: Any = None,
+    refusal: Callable[[], str | None] = lambda: None,
+) -> Choice:
+    """Which implementation runs, and why. Raises `ValueError` for a name that is none.
+
+    Args:
+      placement: whose devices it runs on; None: JAX's default ones.
+      dtype, refusal: of the sources, and what the kernel has against their shape: a named kernel raises that.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
+    platform = placement.mesh.devices.flat[0].platform if placement else jax.default_backend()
+    if implementation == "reference" or (implementation is None and platform != "tpu"):
+        why = (
+            "named by the caller"
+            if implementation
+            else f"jnp, compiled by XLA: there is no kernel for {platform}"
+        )
+        return Choice("reference", why)
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
+        problem = refusal()
+    if dtype is not None and dtype not in (jnp.bfloat16, jnp.float32):
+        problem = f"kernels take bfloat16 and float32 sources, got {jnp.dtype(dtype)}"
+    if problem and implementation:
+        raise ValueError(f"implementation {implementation!r}: {problem}")
+    return Choice("reference", problem) if problem else Choice("tpu", "Pallas kernels, on TPU")

@@ -1,0 +1,1 @@
+"""Phase 1: S reads at once over all completed summaries."""

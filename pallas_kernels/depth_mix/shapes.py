@@ -1,0 +1,30 @@
+"""Shapes that the tests run, each with what it stresses."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """S reads over arrays of `rows` sources, `n` of them visible (None: all); `add`: to earlier sums."""
+
+    S: int
+    rows: tuple[int, ...]
+    tokens: int
+    D: int
+    dtype: str = "bfloat16"
+    n: int | None = None
+    add: bool = True
+
+
+SHAPES = {
+    "two_steps": Shape(3, (4,), 256, 256),
+    "counted": Shape(3, (4,), 384, 256, n=2),  # three steps, so that all three buffers of sums are used again
+    "one_source": Shape(2, (1,), 128, 256, add=False),  # weights are 1, the query's gradient exactly 0
+    "separate_arrays": Shape(2, (1, 2, 1), 128, 256),
+    "two_registers": Shape(1, (9,), 128, 128),  # nine sources of 16 tokens are more than 128 lanes
+    "five_registers": Shape(1, (34,), 128, 128, n=20),
+    "many_reads": Shape(17, (3,), 128, 128),  # S is padded to 24
+    "odd_width": Shape(2, (3,), 128, 200),
+    "odd_tokens": Shape(2, (3,), 63, 128, add=False),
+    "one_token": Shape(1, (2,), 1, 128),
+    "float32": Shape(2, (3,), 128, 256, dtype="float32"),
+}

@@ -1,0 +1,474 @@
+"""Phase 1 on TPU (Mosaic): a source is copied to VMEM once, and stays for scores, softmax and mixing.
+
+Tokens are walked in groups of 16, sources lie in VMEM group by group, `[groups, R * 16, D]`, so that with
+lanes `(source, token)` both matrix products of a group, scores `W V^T` and the mixture (block-diagonal
+weights) `A V`, take it as it is. README.md derives it.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.depth_mix.config import GROUP, LANES, tpu_config
+
+NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+"""Contracted dimensions of `a b`, `a b^T` and `a^T b`."""
+ROWS_PER_BLOCK = LANES // GROUP
+WIDTH = 512
+"""Columns of a mixture that are computed at once."""
+
+
+class Forward(NamedTuple):
+    """Mixtures [S, tokens, D], log-sum-exp [S, tokens] fp32, and what backward takes."""
+
+    mixture: jax.Array
+    lse: jax.Array
+    stats: jax.Array
+
+
+class Sizes(NamedTuple):
+    """Static numbers of a call."""
+
+    S: int
+    rows: tuple[int, ...]
+    tokens: int
+    D: int
+    tile: int
+    cores: int
+    eps: float
+    counted: bool
+
+    @property
+    def R(self) -> int:
+        """Sources of all arrays."""
+        return sum(self.rows)
+
+    @property
+    def S8(self) -> int:
+        """S in whole registers."""
+        return 8 * math.ceil(self.S / 8)
+
+    @property
+    def lanes(self):
+        """Of (source, token), in whole registers."""
+        return LANES * math.ceil(self.R / ROWS_PER_BLOCK)
+
+    @property
+    def groups(self) -> int:
+        """Of a tile."""
+        return self.tile // GROUP
+
+    @property
+    def steps(self) -> int:
+        """Of the grid, on one core."""
+        return self.tokens // self.tile // self.cores
+
+    @property
+    def stats(self):
+        """Of one group: S8 rows of scores, and rstd in the first of 8 more."""
+        return (self.S8 + 8, self.lanes)
+
+
+def forward(w, sources, counts, *, eps) -> Forward:
+    """See vjp.py: `w` [S, D] fp32, `sources` arrays [R_k, tokens, D], `counts` None or int32 each."""
+    tokens, sources = sources[0].shape[1], _padded(sources)
+    size, vmem = _sizes("forward", w, sources, counts, eps)
+    mixture, lse, stats = pl.pallas_call(
+        functools.partial(_forward_kernel, size),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(size.cores, size.steps),
+            in_specs=[_whole(_packed(w, sources[0].dtype, size)), *[_hbm()] * len(sources)],
+            out_specs=[_tokens(size), _per_tile(size, size.S8, LANES), _groups(size)],
+            scratch_shapes=[_buffer(size, 2, sources[0].dtype), pltpu.SemaphoreType.DMA((2,))],
+        ),
+        out_shape=[
+            _out((size.S, size.tokens, size.D), sources[0].dtype, sources[0]),
+            _out((size.tokens // size.tile, size.S8, LANES), jnp.float32, sources[0]),
+            _out((size.tokens // GROUP, *size.stats), jnp.float32, sources[0]),
+        ],
+        compiler_params=_params(vmem),
+        name="depth_mix_forward",
+    )(_counts(counts, size), _packed(w, sources[0].dtype, size), *[_grouped(v) for v in sources])
+    lse = lse[:, : size.S, : size.tile].swapaxes(0, 1).reshape(size.S, size.tokens)
+    return Forward(mixture[:, :tokens], lse[:, :tokens], stats)
+
+
+def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps):
+    """`d_sources` holds what later reads have added, and so does the result. Returns dw, d_sources."""
+    tokens, many = sources[0].shape[1], len(sources)
+    sources, (d_mixture,) = _padded(sources), _padded((d_mixture,))
+    size, vmem = _sizes("backward", w, sources, counts, eps)
+    dtype, add = sources[0].dtype, d_sources is not None
+    d_lse = jnp.pad(d_lse, [(0, size.S8 - size.S), (0, size.tokens - tokens)])
+    d_lse = d_lse.reshape(size.S8, -1, size.tile).swapaxes(0, 1)
+    d_lse = jnp.pad(d_lse, [(0, 0), (0, 0), (0, LANES - size.tile)])
+    args = [_packed(w, dtype, size), d_mixture, d_lse, stats, *[_grouped(v) for v in sources]]
+    args += [_grouped(v) for v in _padded(d_sources)] if add else []
+    d_w, *d_sources = pl.pallas_call(
+        functools.partial(_backward_kernel, size, many, add),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(size.cores, size.steps),
+            in_specs=[
+                _whole(args[0]),
+                _tokens(size),
+                _per_tile(size, size.S8, LANES),
+                _groups(size),
+                *[_hbm()] * (many + many * add),
+            ],
+            out_specs=[pl.BlockSpec((None, size.S8, size.D), lambda c, i, n: (c, 0, 0)), *[_hbm()] * many],
+            scratch_shapes=[
+                _buffer(size, 2, dtype),
+                _buffer(size, 3, dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((3,)),
+                pltpu.SemaphoreType.DMA((3,)),
+            ],
+        ),
+        out_shape=[
+            _out((size.cores, size.S8, size.D), jnp.float32, sources[0]),
+            *[_out(_grouped(v).shape, dtype, sources[0]) for v in sources],
+        ],
+        input_output_aliases={5 + many + k: 1 + k for k in range(many)} if add else {},
+        compiler_params=_params(vmem),
+        name="depth_mix_backward",
+    )(_counts(counts, size), *args)
+    d_sources = tuple(d.reshape(len(d), -1, size.D)[:, :tokens] for d in d_sources)
+    return jnp.sum(d_w, 0)[: size.S], d_sources
+
+
+def _forward_kernel(size, counts, w, *refs):
+    *sources, mixture, lse, stats, buffer, arrived = refs
+    step, slot = pl.program_id(1), lax.rem(pl.program_id(1), 2)
+    _clear(size, buffer)
+
+    def copies(step, slot):
+        return _copies(size, counts, sources, buffer, arrived, step, slot)
+
+    _prefetch(size, step, copies)
+    _each(copies(step, slot), "wait")
+    visible = _visible(size, counts)
+
+    def group(q, lses):
+        v = buffer.at[slot, q]
+        scores, rstd = _scores(size, w, v)
+        stats[q] = jnp.concatenate([jnp.concatenate(scores, 1), jnp.concatenate(rstd, 1)], 0)
+        weights, lse = _softmax(
+            [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
+        )
+        _mix(size, _diagonal(size, weights), v, mixture, q)
+        return jnp.where(_lane((size.S8, LANES)) // GROUP == q, lse, lses)
+
+    lse[...] = lax.fori_loop(0, size.groups, group, jnp.zeros((size.S8, LANES), jnp.float32))
+
+
+def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs):
+    sources, refs = refs[:many], refs[many + many * add :]  # d_sources is read through its alias, the output
+    d_w, *d_sources, buffer, sums, arrived, added, left = refs
+    step, slot, third = pl.program_id(1), lax.rem(pl.program_id(1), 2), lax.rem(pl.program_id(1), 3)
+    _clear(size, buffer)
+
+    @pl.when(step == 0)
+    def _():
+        d_w[...] = jnp.zeros_like(d_w)
+
+    def copies(step, slot):
+        return _copies(size, counts, sources, buffer, arrived, step, slot)
+
+    def sums_in(step, slot):
+        return _copies(size, counts, d_sources, sums, added, step, slot)
+
+    def sums_out(step, slot):
+        return _copies(size, counts, d_sources, sums, left, step, slot, out=True)
+
+    @pl.when(step >= 2)
+    def _():
+        _each(sums_out(step - 2, lax.rem(step + 1, 3)), "wait")
+
+    _prefetch(size, step, copies)
+    if add:
+        _prefetch(size, step, sums_in, slots=3)
+        _each(sums_in(step, third), "wait")
+    _each(copies(step, slot), "wait")
+    visible = _visible(size, counts)
+
+    def group(q, carry):
+        rows = pl.ds(pl.multiple_of(q * GROUP, GROUP), GROUP)
+        v, total = buffer.at[slot, q], sums.at[third, q]
+        stat = [stats[q, :, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
+        scores, rstd = [s[: size.S8] for s in stat], [s[size.S8 : size.S8 + 1] for s in stat]
+        weights, _ = _softmax([jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)])
+        d_out = jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
+        d_weights = _traces(size, _dot(d_out, v[...], NT))
+        own = jnp.where(_lane((size.S8, LANES)) // GROUP == q, d_lse[...], 0.0)
+        center = _over_sources(sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
+        center = center - _over_sources(own, jnp.add)
+        d_scores = [a * (d - center) for a, d in zip(weights, d_weights, strict=True)]
+        pulls = [d * r for d, r in zip(d_scores, rstd, strict=True)]
+        shrink = [
+            jnp.sum(p * s, 0, keepdims=True) * r / size.D for p, s, r in zip(pulls, scores, rstd, strict=True)
+        ]
+        _pull(size, weights, pulls, shrink, d_out, w, v, total if add else None, total)
+        pulls = jnp.concatenate(pulls, 1)[:, : size.R * GROUP]
+        d_w[...] += _two_halves(pulls, v[...], NN)
+        return carry
+
+    lax.fori_loop(0, size.groups, group, 0)
+    _each(sums_out(step, third), "start")
+
+    @pl.when(step == size.steps - 1)
+    def _():
+        _each(sums_out(step, third), "wait")
+        if size.steps > 1:
+            _each(sums_out(step - 1, lax.rem(step + 2, 3)), "wait")
+
+
+def _scores(size, w, v):
+    """Scores [S8, 128] and rstd [8, 128] of one group, a list over registers of lanes (source, token)."""
+    raw, square = _both_halves(_dot(w[...], v[...], NT), size.S8), _squares(v)
+    rstd = lax.rsqrt(square / size.D + size.eps)
+    return _blocks(size, raw * rstd[:1]), _blocks(size, rstd)
+
+
+def _squares(v):
+    """sum_d v^2 of the rows of `v`, along lanes [8, rows]: to 128 columns first, the rest by a product."""
+    D = v.shape[1]
+    if D % LANES:
+        x = v[...].astype(jnp.float32)
+        part = x * x
+    else:
+        tiles = [v[:, pl.ds(at, LANES)].astype(jnp.float32) for at in range(0, D, LANES)]
+        part = functools.reduce(jnp.add, [t * t for t in tiles])
+    ones = jnp.ones((16, part.shape[1]), jnp.bfloat16)
+    return sum(_dot(ones, half, NT) for half in _halves(part))[:8]
+
+
+def _softmax(scores):
+    """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat every 16."""
+    top = _over_sources(functools.reduce(jnp.maximum, scores), jnp.maximum)
+    e = [jnp.exp(s - top) for s in scores]
+    total = _over_sources(functools.reduce(jnp.add, e), jnp.add)
+    return [x / total for x in e], top + jnp.log(total)
+
+
+def _over_sources(x, op):
+    """Reduce a register over its 8 sources; the result stands at each of them."""
+    for shift in (64, 32, 16):
+        x = op(x, pltpu.roll(x, shift, 1))
+    return x
+
+
+def _diagonal(size, weights):
+    """[S * 16, R * 16]: for each query, the diagonal of every source's 16 by 16 square."""
+    keep = _lane((GROUP, size.lanes)) % GROUP == lax.broadcasted_iota(jnp.int32, (GROUP, size.lanes), 0)
+    rows = jnp.concatenate(weights, 1)
+    spread = [jnp.where(keep, jnp.broadcast_to(rows[s : s + 1], keep.shape), 0.0) for s in range(size.S)]
+    return jnp.concatenate(spread, 0)[:, : size.R * GROUP]
+
+
+def _traces(size, products):
+    """The inverse of `_diagonal`: [S * 16, R * 16] to lists of [S8, 128]."""
+    rows = [_widen(size, products[s * GROUP : (s + 1) * GROUP]) for s in range(size.S)]
+    keep = _lane((GROUP, size.lanes)) % GROUP == lax.broadcasted_iota(jnp.int32, (GROUP, size.lanes), 0)
+    sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
+    sums += [jnp.zeros((size.S8 - size.S, size.lanes), jnp.float32)] if size.S8 > size.S else []
+    whole = jnp.concatenate(sums, 0)
+    return [whole[:, b : b + LANES] for b in range(0, size.lanes, LANES)]
+
+
+def _mix(size, weights, v, mixture, q):
+    """Mixtures of one group, some columns at a time."""
+    rows = pl.ds(pl.multiple_of(q * GROUP, GROUP), GROUP)
+    left = _stack_halves(weights, v.dtype)
+    for at, width in _columns(size.D):
+        out = _both_halves(_dot(left, v[:, pl.ds(at, width)], NN), size.S * GROUP)
+        for s in range(size.S):
+            mixture[s, rows, pl.ds(at, width)] = out[s * GROUP : (s + 1) * GROUP].astype(mixture.dtype)
+
+
+def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
+    """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
+    left = jnp.concatenate([_diagonal(size, weights), jnp.concatenate(pulls, 1)[:, : size.R * GROUP]], 0)
+    left = left.T.astype(v.dtype)
+    column = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * (8 - len(shrink))], 0)
+    shrink = jnp.concatenate([column.T[:, b : b + 1] for b in range(size.lanes // LANES)], 0)[
+        : size.R * GROUP
+    ]
+    for at, width in _columns(size.D):
+        cols = pl.ds(at, width)
+        right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
+        total = _dot(left, right, NN) - shrink * v[:, cols].astype(jnp.float32)
+        if add is not None:
+            total = total + add[:, cols].astype(jnp.float32)
+        out[:, cols] = total.astype(out.dtype)
+
+
+def _dot(a, b, contract):
+    """A product accumulated in fp32; fp32 operands at full precision."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32)
+
+
+def _halves(x):
+    """fp32 as two bf16: the upper 16 bits, exactly, and 8 more."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def _stack_halves(x, dtype):
+    if dtype == jnp.float32:
+        return x
+    return jnp.concatenate(_halves(x), 0)
+
+
+def _both_halves(product, rows):
+    """Adds what the two halves of the left side gave."""
+    return product if len(product) == rows else product[:rows] + product[rows:]
+
+
+def _two_halves(x, v, contract):
+    return _both_halves(_dot(_stack_halves(x, v.dtype), v, contract), len(x))
+
+
+def _packed(w, dtype, size):
+    """W as the left side of a product: fp32, or the two halves [2 S8, D] that bf16 sources meet."""
+    w = jnp.pad(w.astype(jnp.float32), [(0, size.S8 - size.S), (0, 0)])
+    if dtype == jnp.float32:
+        return w
+    high = w.astype(dtype)
+    return jnp.concatenate([high, (w - high.astype(jnp.float32)).astype(dtype)], 0)
+
+
+def _blocks(size, x):
+    return [_widen(size, x)[:, b : b + LANES] for b in range(0, size.lanes, LANES)]
+
+
+def _widen(size, x):
+    """To whole registers of lanes."""
+    short = size.lanes - x.shape[1]
+    return jnp.concatenate([x, jnp.zeros((len(x), short), x.dtype)], 1) if short else x
+
+
+def _visible(size, counts):
+    """Which lanes hold a source that may be seen, for each register."""
+    masks = []
+    for b in range(size.lanes // LANES):
+        source, seen, at = _lane((size.S8, LANES)) // GROUP + b * ROWS_PER_BLOCK, None, 0
+        for k, rows in enumerate(size.rows):
+            here = (source >= at) & (source < at + (counts[k] if size.counted else rows))
+            seen, at = here if seen is None else seen | here, at + rows
+        masks.append(seen)
+    return masks
+
+
+def _lane(shape):
+    return lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _copies(size, counts, arrays, buffer, semaphore, step, slot, out=False):
+    """The copies of one tile, as (number, index -> copy) of each array: only rows that may be seen."""
+    tile = pl.ds((pl.program_id(0) * size.steps + step) * size.groups, size.groups)
+    plans, at = [], 0
+    for k, (rows, array) in enumerate(zip(size.rows, arrays, strict=True)):
+
+        def copy(r, array=array, at=at):
+            there = buffer.at[slot, :, pl.ds(pl.multiple_of((at + r) * GROUP, GROUP), GROUP)]
+            ends = (there, array.at[r, tile]) if out else (array.at[r, tile], there)
+            return pltpu.make_async_copy(*ends, semaphore.at[slot])
+
+        plans.append((counts[k] if size.counted else rows, copy))
+        at += rows
+    return plans
+
+
+def _each(plans, verb):
+    for number, copy in plans:
+        lax.fori_loop(0, number, lambda r, c, copy=copy: (getattr(copy(r), verb)(), c)[1], 0)
+
+
+def _prefetch(size, step, copies, slots=2):
+    """This step's copies if it is the first, and the next step's."""
+
+    @pl.when(step == 0)
+    def _():
+        _each(copies(step, 0), "start")
+
+    @pl.when(step + 1 < size.steps)
+    def _():
+        _each(copies(step + 1, lax.rem(step + 1, slots)), "start")
+
+
+def _clear(size, buffer):
+    """Rows that are never copied meet weights of zero: they must be numbers."""
+    if size.counted:
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            buffer[...] = jnp.zeros_like(buffer)
+
+
+def _columns(D):
+    step = next((w for w in range(WIDTH, 0, -LANES) if D % w == 0), D)
+    return [(at, step) for at in range(0, D, step)]
+
+
+def _sizes(direction, w, sources, counts, eps):
+    (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
+    config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
+    counted = any(n is not None for n in counts)
+    return Sizes(S, rows, tokens, D, config.tile, config.cores, eps, counted), config.vmem
+
+
+def _counts(counts, size):
+    return jnp.stack([jnp.int32(r if n is None else n) for n, r in zip(counts, size.rows, strict=True)])
+
+
+def _padded(arrays):
+    """To whole tiles of tokens: a copy, for odd numbers of tokens only."""
+    short = -arrays[0].shape[1] % LANES
+    return tuple(jnp.pad(a, [(0, 0), (0, short), (0, 0)]) for a in arrays) if short else tuple(arrays)
+
+
+def _grouped(v):
+    return v.reshape(len(v), -1, GROUP, v.shape[-1])
+
+
+def _buffer(size, slots, dtype):
+    return pltpu.VMEM((slots, size.groups, size.R * GROUP, size.D), dtype)
+
+
+def _hbm():
+    return pl.BlockSpec(memory_space=pl.ANY)
+
+
+def _whole(x):
+    return pl.BlockSpec(x.shape, lambda c, i, n: (0, 0))
+
+
+def _tokens(size):
+    return pl.BlockSpec((size.S, size.tile, size.D), lambda c, i, n: (0, c * size.steps + i, 0))
+
+
+def _per_tile(size, *shape):
+    return pl.BlockSpec((None, *shape), lambda c, i, n: (c * size.steps + i, *[0] * len(shape)))
+
+
+def _groups(size):
+    return pl.BlockSpec((size.groups, *size.stats), lambda c, i, n: (c * size.steps + i, 0, 0))
+
+
+def _out(shape, dtype, like):
+    """An output that varies over the mesh axes of `shard_map` that `like` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def _params(vmem):
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem)

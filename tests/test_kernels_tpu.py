@@ -1,0 +1,172 @@
+"""TPU kernels on the CPU: values and every gradient in the race-detecting interpreter, against fp64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from attnres_jax import depth, ops
+from attnres_jax.depth import Partial, RMSNorm, Rows
+from pallas_kernels.depth_merge import shapes as merge_shapes
+from pallas_kernels.depth_merge import tpu as merge
+from pallas_kernels.depth_mix import shapes as mix_shapes
+from pallas_kernels.depth_mix import tpu as mix
+
+EPS, NORM_EPS = 1e-6, 1e-5
+TOLERANCE = {"bfloat16": 5e-3, "float32": 2e-6}
+"""Relative error against fp64, of what is rounded to the dtype; `SUMS`: of what stays fp32."""
+SUMS = {"bfloat16": 2e-5, "float32": 2e-6}
+FAST = ("two_steps", "counted", "first_of_block")
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    """Memory that nothing wrote is NaN, and two grid steps that touch the same memory are found."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+        yield
+    assert not interpret_pallas_call.races or not interpret_pallas_call.races.races_found
+
+
+def rows(table):
+    marks = {name: () if name in FAST else pytest.mark.slow for name in table}
+    return pytest.mark.parametrize("shape", [pytest.param(s, id=n, marks=marks[n]) for n, s in table.items()])
+
+
+def drawn(shape, *names):
+    """Standard normal arrays by name and shape, in the dtype of the case unless fp32 is said."""
+    keys = jax.random.split(jax.random.key(7), len(names))
+    return [
+        jax.random.normal(key, size).astype(dtype or shape.dtype)
+        for key, (size, dtype) in zip(keys, names, strict=True)
+    ]
+
+
+def wide(tree):
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+
+
+def close(got, want, tolerance):
+    got, want = np.asarray(got, np.float64), np.asarray(want)
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want) + 1e-30
+
+
+@rows(mix_shapes.SHAPES)
+def test_depth_mix(shape):
+    S, R, T, D = shape.S, sum(shape.rows), shape.tokens, shape.D
+    w, v, d_out, d_lse, added = drawn(
+        *(
+            shape,
+            ((S, D), "float32"),
+            ((R, T, D), None),
+            ((S, T, D), None),
+            ((S, T), "float32"),
+            ((R, T, D), None),
+        )
+    )
+    w, cuts = w / D**0.5, np.cumsum(shape.rows)[:-1]
+    parts, before = jnp.split(v, cuts), jnp.split(added, cuts)
+    counts = tuple(None if shape.n is None else jnp.int32(shape.n) for _ in parts)
+    out = mix.forward(w, tuple(parts), counts, eps=EPS)
+    sums = tuple(before) if shape.add else None
+    d_w, d_v = mix.backward(w, tuple(parts), counts, out.lse, out.stats, d_out, d_lse, sums, eps=EPS)
+    with jax.enable_x64():
+        exact, pull = jax.vjp(lambda w, v: depth.partial_mix(w, (Rows(v, shape.n),), EPS), *wide((w, v)))
+        want_w, want_v = pull(Partial(*wide((d_out, d_lse))))
+        want_v = want_v + wide(added) if shape.add else want_v
+    close(out.mixture, exact.mixture, TOLERANCE[shape.dtype])
+    close(out.lse, exact.lse, SUMS[shape.dtype])
+    close(jnp.concatenate(d_v), want_v, TOLERANCE[shape.dtype])
+    if R == 1:
+        assert not np.any(d_w)
+    else:
+        close(d_w, want_w, SUMS[shape.dtype])
+
+
+@rows(merge_shapes.SHAPES)
+def test_depth_merge(shape):
+    S, T, D, j = shape.S, shape.tokens, shape.D, 1
+    p, y, o, lse, w, scale, d_x, d_h, d_p, d_os, d_lses = drawn(
+        *(shape, ((T, D), None), ((T, D), None), ((S, T, D), None), ((S, T), "float32"), ((D,), "float32")),
+        *(
+            ((D,), "float32"),
+            ((T, D), None),
+            ((T, D), None),
+            ((T, D), None),
+            ((S, T, D), None),
+            ((S, T), "float32"),
+        ),
+    )
+    w, scale = w / D**0.5, 1 + 0.3 * scale if shape.norm else None
+    at = (jnp.int32(j), jnp.bool_(shape.first))
+    options = {"eps": EPS, "norm_eps": NORM_EPS}
+    added = y if shape.add else None
+    out = merge.forward(w, scale, o, lse, p, *at, added, keep_mixture=shape.keep, **options)
+    total = (p.astype(jnp.float32) + y.astype(jnp.float32)).astype(p.dtype) if shape.add else p
+    np.testing.assert_array_equal(out.stream, total)
+    cotangents = (d_x, d_h if shape.keep else None, d_p, d_os, d_lses)
+    got = merge.backward(w, scale, o, lse, out.stream, *at, out.stats, *cotangents, **options)
+
+    def read(w, scale, o, lse, p):
+        seen = jnp.where(shape.first, -jnp.inf, depth.scores(w, p, EPS))
+        h = depth.merge(Partial(o, lse), Partial(p, seen)).mixture
+        return h if scale is None else RMSNorm(scale, NORM_EPS)(h), h
+
+    with jax.enable_x64():
+        (x, h), pull = jax.vjp(read, *wide((w, scale, o[j], lse[j], total)))
+        d_w, d_scale, d_o, d_lse, want_p = pull((wide(d_x), wide(d_h) * shape.keep))
+        want_p = want_p + wide(d_p)
+    close(out.x, x, TOLERANCE[shape.dtype])
+    if shape.keep:
+        close(out.mixture, h, TOLERANCE[shape.dtype])
+    close(got[0], d_w, SUMS[shape.dtype])
+    if shape.norm:
+        close(got[1], d_scale, SUMS[shape.dtype])
+    close(got[2], want_p, TOLERANCE[shape.dtype])
+    close(got[3][j], d_o, TOLERANCE[shape.dtype])
+    close(got[4][j], d_lse, SUMS[shape.dtype])
+    others = np.arange(S) != j
+    np.testing.assert_array_equal(got[3][others], d_os[others])
+    np.testing.assert_array_equal(got[4][others], d_lses[others])
+
+
+# Through the dispatcher ---------------------------------------------------------------------------
+
+
+def loss(scheme, kinds, implementation):
+    def run(toy):
+        out = toys.run(scheme, kinds, toy, implementation=implementation)
+        return jnp.sum(out.h.astype(jnp.float32) * toys.probe(out.h))
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "kinds"), [(4, "am" * 4), (1, "am"), (3, "mmmmm")], ids=["block", "full", "short"]
+)
+def test_whole_stack(size, kinds):
+    """Scans, remat, rows that grow, cotangents that are handed on: every gradient as XLA's."""
+    scheme = toys.make("block", size)
+    toy = toys.cast(toys.toy(scheme, kinds, B=2, T=8, D=128), "float32")
+    got = jax.jit(jax.grad(loss(scheme, kinds, "tpu")))(toy)
+    want = jax.jit(jax.grad(loss(scheme, kinds, None)))(toy)
+    jax.tree.map(lambda g, w: close(g, w, 2e-5), got, want)
+
+
+@pytest.mark.slow
+def test_vmap():
+    """Of a kernel, one after the other; `w` and the sources may both be batched."""
+    w, v = drawn(mix_shapes.SHAPES["float32"], ((2, 3, 128), None), ((2, 4, 8, 128), None))
+
+    def read(w, v, implementation):
+        done = ops.depth_mix(w, (Rows(v),), eps=EPS, implementation=implementation)[0]
+        return jnp.sum(done.mixture**2) + jnp.sum(done.lse)
+
+    got = jax.vmap(jax.grad(lambda w, v: read(w, v, "tpu"), (0, 1)))(w, v)
+    want = jax.vmap(jax.grad(lambda w, v: read(w, v, "reference"), (0, 1)))(w, v)
+    jax.tree.map(lambda g, w: close(g, w, 2e-6), got, want)
