@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attnres_jax import configs, ops
+from attnres_jax import configs
 from attnres_jax.bench import bound, cost, hlo, reads, report, target
 from attnres_jax.bench.cost import Chip, Kernel, Row
 from attnres_jax.configs import Config, UserError, base
@@ -28,7 +28,7 @@ ARMS: dict[str, tuple[str, str | None]] = {
     "block-xla": ("block", "xla"),
     "block-kernel": ("block", "tpu"),
 }
-"""Residual and implementation of each arm; those that `ops` does not have yet are left out."""
+"""Residual and implementation (`choice.choose`) of each arm."""
 LARGEST = 40
 """Rows of a report."""
 SCOPES = ("depth_mix", "depth_merge")
@@ -66,14 +66,6 @@ def shape_of(args: dict[str, Any]) -> dict[str, Any]:
         "data.batch": args["batch"] * args["fsdp"],
         "mesh.fsdp": args["fsdp"],
     }
-
-
-def arms() -> dict[str, tuple[str, str | None]]:
-    """Those that can be compiled. Without a name for it XLA's path is what `ops` chooses of itself."""
-    known = {None, *ops.IMPLEMENTATIONS}
-    found = {name: arm for name, arm in ARMS.items() if arm[1] in known}
-    found.setdefault("block-xla", ("block", None))
-    return found
 
 
 def compiled(config: Config, devices: list[Any], implementation: str | None = None) -> Compiled:
@@ -201,7 +193,7 @@ def main(words: list[str]) -> int:
     try:
         devices = target.devices(args["chip"], args["fsdp"])
         chip = target.chip(devices[0])
-        found = {name: _arm(args, shape, name, devices, chip) for name in arms()}
+        found = {name: _arm(args, shape, name, devices, chip) for name in ARMS}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -215,7 +207,7 @@ def main(words: list[str]) -> int:
 
 
 def _arm(args, shape, name, devices, chip):
-    residual, implementation = arms()[name]
+    residual, implementation = ARMS[name]
     program = compiled(config(shape, residual), devices, implementation)
     if ("%depth_mix" in program.text) != (name == "block-kernel"):
         raise UserError(f"the arm {name} was compiled with the other arm's reads over depth")

@@ -71,7 +71,7 @@ def next_token(
 ) -> NextToken:
     """Cross-entropy of each next token; with an `end`, of each within its document, which sees no other.
 
-    `implementation` is that of the reads over depth (`ops.choose`). More `chunks` than one cost a second
+    `implementation` is that of the reads over depth (`choice.choose`). More `chunks` than one cost a second
     product with the head in the backward pass, and leave room: no array holds all of the vocabulary for each
     token.
     """

@@ -73,7 +73,7 @@ def programs(
 ) -> Programs:
     """Everything a run computes, on `devices` (None: all there are); the token `end` ends a document.
 
-    `implementation` names that of the reads over depth, for measurements; None chooses (`ops.choose`).
+    `implementation` names that of the reads over depth, for measurements; None chooses (`choice.choose`).
 
     Raises:
       UserError: where mesh and model, or chunks or documents and corpus, do not fit together.
