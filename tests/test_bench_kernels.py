@@ -29,6 +29,12 @@ def test_cycles_of_a_grid_step_by_hand():
     assert bundles.step(SCHEDULE).cycles == (12 - 2) + 2 + 8 * 3
 
 
+def test_a_branch_on_anything_else_is_of_every_step():
+    """The pipeline skips its body by a condition made beforehand, which is compared with zero too."""
+    step = bundles.step(SCHEDULE.replace("%s3_s2 = sphi", "%s3_s2 = scalar_select"))
+    assert (step.starting, step.cycles) == (0, 12 + 2 + 8 * 3)
+
+
 def test_loops_nest():
     (grid,) = bundles.loops(bundles.read(SCHEDULE))
     assert [(loop.trips, loop.end - loop.first) for loop in grid.inner] == [(None, 2), (8, 3)]
