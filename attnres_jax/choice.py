@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnres_jax.placement import Placement
+from attnres_jax.placement import Placement, platform
 
-IMPLEMENTATIONS = ("reference", "tpu")
+IMPLEMENTATIONS = ("reference", "xla", "tpu")
 
 
 class Choice(NamedTuple):
@@ -27,6 +27,8 @@ def choose(
 ) -> Choice:
     """Which implementation runs, and why. Raises `ValueError` for a name that is none.
 
+    "xla" is the reference's ops, here; `through_depth` takes "reference" literally and "xla" not.
+
     Args:
       placement: whose devices it runs on; None: JAX's default ones.
       dtype, refusal: of the sources, and what the kernel has against their shape: a named kernel raises that.
@@ -34,12 +36,12 @@ def choose(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
-    platform = placement.mesh.devices.flat[0].platform if placement else jax.default_backend()
-    if implementation == "reference" or (implementation is None and platform != "tpu"):
+    target = platform(placement)
+    if implementation in ("reference", "xla") or (implementation is None and target != "tpu"):
         why = (
             "named by the caller"
             if implementation
-            else f"jnp, compiled by XLA: there is no kernel for {platform}"
+            else f"jnp, compiled by XLA: there is no kernel for {target}"
         )
         return Choice("reference", why)
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():

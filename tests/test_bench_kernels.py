@@ -1,6 +1,5 @@
 """Static analysis of kernels: cycles of a small schedule, bytes from grids, no row made twice."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,6 @@ from attnres_jax.bench import bundles, cost, grids, hlo, reads, roofline
 
 HLO = {"bfloat16": "bf16", "float32": "f32", "int32": "s32"}
 SCHEDULE = (Path(__file__).parent / "golden/kernel_final_bundles.txt").read_text()
-needs_kernels = pytest.mark.skipif(
-    importlib.util.find_spec("pallas_kernels") is None, reason="pallas_kernels is not there yet"
-)
 
 
 def test_cycles_of_a_grid_step_by_hand():
@@ -31,6 +27,12 @@ def test_cycles_of_a_grid_step_by_hand():
     assert step.starting == 2
     assert step.grid == 66
     assert bundles.step(SCHEDULE).cycles == (12 - 2) + 2 + 8 * 3
+
+
+def test_a_branch_on_anything_else_is_of_every_step():
+    """The pipeline skips its body by a condition made beforehand, which is compared with zero too."""
+    step = bundles.step(SCHEDULE.replace("%s3_s2 = sphi", "%s3_s2 = scalar_select"))
+    assert (step.starting, step.cycles) == (0, 12 + 2 + 8 * 3)
 
 
 def test_loops_nest():
@@ -147,7 +149,6 @@ def test_a_process_for_each_chip(monkeypatch):
     assert len({flags for _, flags in seen}) == 4
 
 
-@needs_kernels
 @pytest.mark.parametrize("kernel", roofline.KERNELS)
 def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
     """A step's mean over n = 1 .. N, or over the S reads of a block, of which the first has no sum."""
@@ -175,7 +176,6 @@ def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
 
 
 @needs_libtpu
-@needs_kernels
 @pytest.mark.slow
 def test_roofline_end_to_end(tmp_path):
     """Every kernel at a small width compiles for a v5e and is counted."""

@@ -101,7 +101,7 @@ def _cycles(loop, unknown, left_out):
 
 
 def _only_first(bundles, grid):
-    """Bundles that a branch skips unless a counter is zero: what only the first step runs."""
+    """Bundles that a branch skips unless the step is 0."""
     skipped = set()
     for i in _own(grid.first, grid.end, grid.inner):
         branch = _BRANCH.search(bundles[i].text)
@@ -113,8 +113,10 @@ def _only_first(bundles, grid):
 
 
 def _tests_zero(bundles, grid, predicate):
-    test = re.compile(rf"%{predicate}\w* = scmp\.ne\.s32\.totalorder %\w+, 0\b")
-    return any(test.search(bundles[j].text) for j in range(grid.first, grid.end))
+    """Whether it is "a counter of the grid's loop is not zero", and no condition made beforehand."""
+    text = " ".join(bundle.text for bundle in bundles[grid.first : grid.end])
+    test = re.search(rf"%{predicate}\w* = scmp\.ne\.s32\.totalorder (%\w+), 0\b", text)
+    return test is not None and f"{test[1]} = sphi" in text
 
 
 def slots(text: str) -> dict[str, int]:

@@ -23,8 +23,12 @@ from attnres_jax.configs import Config, UserError, base
 from attnres_jax.train import step
 
 VOCAB, CHUNKS = 32768, 8
-ARMS = {"plain": "plain", "block-xla": "block"}
-"""The residual of each arm."""
+ARMS: dict[str, tuple[str, str | None]] = {
+    "plain": ("plain", None),
+    "block-xla": ("block", "xla"),
+    "block-kernel": ("block", "tpu"),
+}
+"""Residual and implementation (`choice.choose`) of each arm."""
 LARGEST = 40
 """Rows of a report."""
 SCOPES = ("depth_mix", "depth_merge")
@@ -64,9 +68,9 @@ def shape_of(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compiled(config: Config, devices: list[Any]) -> Compiled:
+def compiled(config: Config, devices: list[Any], implementation: str | None = None) -> Compiled:
     """The update of `config` on `devices`, which need not be at hand."""
-    run = step.programs(config, VOCAB, devices)
+    run = step.programs(config, VOCAB, devices, implementation=implementation)
     tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), np.int32, sharding=run.place)
     start = time.monotonic()
     # So that what asks for the platform or the chip while it is traced is told of the target.
@@ -189,21 +193,24 @@ def main(words: list[str]) -> int:
     try:
         devices = target.devices(args["chip"], args["fsdp"])
         chip = target.chip(devices[0])
-        arms = {name: _arm(args, shape, name, devices, chip) for name in ARMS}
+        found = {name: _arm(args, shape, name, devices, chip) for name in ARMS}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    against_plain(arms, shape, chip)
+    against_plain(found, shape, chip)
     whole = report.provenance(f"{devices[0].device_kind}, compiled for and not run")
     whole |= {"chip": {"name": args["chip"]} | chip._asdict(), "shape": shape | {"vocab": VOCAB}}
-    whole |= {"bound": arms["plain"].pop("bound"), "arms": arms}
+    whole |= {"bound": found["plain"].pop("bound"), "arms": found}
     print(table(whole))
     report.write(whole, args["out"])
     return 0
 
 
 def _arm(args, shape, name, devices, chip):
-    program = compiled(config(shape, ARMS[name]), devices)
+    residual, implementation = ARMS[name]
+    program = compiled(config(shape, residual), devices, implementation)
+    if ("%depth_mix" in program.text) != (name == "block-kernel"):
+        raise UserError(f"the arm {name} was compiled with the other arm's reads over depth")
     print(f"{args['chip']} {name}: compiled in {program.seconds:.0f} s", file=sys.stderr, flush=True)
     if args["keep"]:
         file = Path(args["keep"]) / f"{args['chip']}-{shape['model.blocks']}-{name}.hlo"

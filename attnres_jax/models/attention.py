@@ -101,10 +101,11 @@ def splash(
         return run(q, k, v, segments)
     batch, heads = placement.spec[0], placement.spec[1]  # T lies there between sublayers, H inside
     spec = P(batch, None, heads)
-    free = set(placement.mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    around = jax.sharding.get_abstract_mesh()
+    free = {*placement.mesh.axis_names} - {*around.manual_axes}  # inside a manual region the others
     mapped = jax.shard_map(
         run,
-        mesh=placement.mesh,
+        mesh=around if around.manual_axes else placement.mesh,
         in_specs=(spec, spec, spec, P(batch)),
         out_specs=spec,
         axis_names=free,

@@ -29,7 +29,11 @@ class NextToken(NamedTuple):
 
 
 def configured(
-    config: Config, vocab: int, end: int | None, place: Placement | None = None
+    config: Config,
+    vocab: int,
+    end: int | None,
+    place: Placement | None = None,
+    implementation: str | None = None,
 ) -> Callable[[Any, Array], NextToken]:
     """`next_token` as `config` asks for it; raises `UserError` where this corpus does not allow it.
 
@@ -42,7 +46,8 @@ def configured(
             f"train.vocab_chunks = {chunks} must be a divisor of the corpus's vocabulary of {vocab}, "
             f"such as {' or '.join(map(str, near))}"
         )
-    return partial(next_token, chunks=chunks, end=document_end(config, end), place=place)
+    how = {"chunks": chunks, "place": place, "implementation": implementation}
+    return partial(next_token, end=document_end(config, end), **how)
 
 
 def document_end(config: Config, end: int | None) -> int | None:
@@ -62,20 +67,24 @@ def next_token(
     chunks: int = 1,
     end: int | None = None,
     place: Placement | None = None,
+    implementation: str | None = None,
 ) -> NextToken:
     """Cross-entropy of each next token; with an `end`, of each within its document, which sees no other.
 
-    More `chunks` than one cost a second product with the head in the backward pass, and leave room: no
-    array holds all of the vocabulary for each token.
+    `implementation` is that of the reads over depth (`choice.choose`). More `chunks` than one cost a second
+    product with the head in the backward pass, and leave room: no array holds all of the vocabulary for each
+    token.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    how: dict[str, Any] = {"placement": place}
+    how |= {"implementation": implementation} if implementation else {}
     seen = () if end is None else documents(inputs, end)
     mask = counted(tokens, end)
     if chunks == 1:
-        whole = model(inputs, *seen, placement=place).logits
+        whole = model(inputs, *seen, **how).logits
         nats = optax.softmax_cross_entropy_with_integer_labels(whole, targets)
         return NextToken(nats, jax.nn.logsumexp(whole, -1), mask)
-    hidden = model.hidden(inputs, *seen, placement=place).h
+    hidden = model.hidden(inputs, *seen, **how).h
     log_z, target = _chunked(hidden, model.unembedding, targets, chunks)
     return NextToken(log_z - target, log_z, mask)
 

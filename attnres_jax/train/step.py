@@ -65,9 +65,15 @@ class Programs(NamedTuple):
 
 
 def programs(
-    config: Config, vocab: int, devices: Sequence[Any] | None = None, end: int | None = None
+    config: Config,
+    vocab: int,
+    devices: Sequence[Any] | None = None,
+    end: int | None = None,
+    implementation: str | None = None,
 ) -> Programs:
     """Everything a run computes, on `devices` (None: all there are); the token `end` ends a document.
+
+    `implementation` names that of the reads over depth, for measurements; None chooses (`choice.choose`).
 
     Raises:
       UserError: where mesh and model, or chunks or documents and corpus, do not fit together.
@@ -80,7 +86,8 @@ def programs(
     create = partial(state.create, model, tx, config.seed)
     places = sharding.shardings(jax.eval_shape(create), table, mesh)
     batch = meshes.tokens(mesh)
-    predict, end = configured(config, vocab, end, place), document_end(config, end)
+    predict = configured(config, vocab, end, place, implementation)
+    end = document_end(config, end)
 
     def step(now, tokens):
         count = predictions(tokens, end)  # of the whole batch: microbatches may hold unequal numbers
