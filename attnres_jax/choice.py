@@ -38,12 +38,8 @@ def choose(
         raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
     target = platform(placement)
     if implementation in ("reference", "xla") or (implementation is None and target != "tpu"):
-        why = (
-            "named by the caller"
-            if implementation
-            else f"jnp, compiled by XLA: there is no kernel for {target}"
-        )
-        return Choice("reference", why)
+        why = f"jnp, compiled by XLA: there is no kernel for {target}"
+        return Choice("reference", "named by the caller" if implementation else why)
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
         problem = refusal()
     if dtype is not None and dtype not in (jnp.bfloat16, jnp.float32):

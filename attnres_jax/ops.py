@@ -65,7 +65,7 @@ def depth_merge(
 ) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
     """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed.
 
-    Returns it, and `done` and the sum for later reads, as `depth_mix`. `row` (array, place) holds the sum too."""
+    Returns it, and `done` and the sum for later reads. `row` (array, place) holds the sum too."""
     fits = partial(merge_config.tpu_refusal, len(w), stream.dtype)
     chosen, _ = choose(implementation, placement, stream.dtype, fits)
 
