@@ -164,7 +164,7 @@ def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
         arguments = (*arguments, counted)
         scalars, shares = [[n] for n in range(1, N + 1)], [n / (N + 1) for n in range(1, N + 1)]
     else:
-        scalars, shares = [[j, j == 0] for j in range(S)], [0.0] * S
+        scalars, shares = [[j, j == 0, 0] for j in range(S)], [0.0] * S
     (found,) = grids.calls(jax.make_jaxpr(function)(*arguments).jaxpr)
     moved = [grids.moved(found, [s], lambda _, p=p: p) for s, p in zip(scalars, shares, strict=True)]
     shapes = [hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in found.invars]

@@ -22,27 +22,30 @@ def mix(call: Call) -> Cost:
 
 
 def merge_forward(call: Call) -> Cost:
-    """Phase 2: row j of the mixtures [S, tokens, D]; the running sum [tokens, D], but for the first read."""
-    (reads,) = (s.dims[0] for s in call.operands if len(s.dims) == 3)
-    rows = [s.hbm / reads if len(s.dims) == 3 else s.hbm for s in call.operands]
-    return Cost(sum(rows) - _wide(call.operands) / reads, sum(s.hbm for s in call.results), 0.0)
+    """Phase 2: a row of the running sums [K, tokens, D], but for the first read; row j of the mixtures."""
+    streams, mixtures = _arrays(call)
+    rest = sum(s.hbm for s in call.operands if len(s.dims) != 3)
+    read = rest + _row(mixtures) + _row(streams) * (1 - 1 / mixtures.dims[0])
+    return Cost(read, sum(s.hbm for s in call.results), 0.0)
 
 
 def merge_backward(call: Call) -> Cost:
     """Cotangents of the mixtures are written, row j, and not read; the sum and its cotangent as forward."""
-    mixtures = [s for s in call.operands if len(s.dims) == 3]
-    reads = mixtures[0].dims[0]
-    rest = [s for s in call.operands if len(s.dims) != 3]
-    stream = max((s.hbm for s in rest), default=0.0)
-    read = sum(s.hbm for s in rest) - 2 * stream / reads + mixtures[-1].hbm / reads
-    big = [s for s in call.results if s.dims[:1] == (reads,) and len(s.dims) == 3]
-    written = sum(s.hbm for s in call.results) - sum(s.hbm for s in big) * (1 - 1 / reads) - stream / reads
-    return Cost(read, written, 0.0)
+    _, streams, mixtures = _arrays(call)
+    seen = 1 - 1 / mixtures.dims[0]
+    d_sum = next(s for s in call.operands if s.dims == mixtures.dims[1:])
+    rest = sum(s.hbm for s in call.operands if len(s.dims) != 3) - d_sum.hbm
+    read = rest + _row(mixtures) + (_row(streams) + d_sum.hbm) * seen
+    written = {mixtures.dims: 1 / mixtures.dims[0], d_sum.dims: seen}
+    return Cost(read, sum(s.hbm * written.get(s.dims, 1.0) for s in call.results), 0.0)
 
 
-def _wide(operands):
-    """Bytes of the running sum: the widest operand of two axes."""
-    return max((s.hbm for s in operands if len(s.dims) == 2), default=0.0)
+def _arrays(call):
+    return [s for s in call.operands if len(s.dims) == 3]
+
+
+def _row(shape):
+    return shape.hbm / shape.dims[0]
 
 
 KERNELS: dict[str, Kernel] = {

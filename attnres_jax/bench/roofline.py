@@ -186,7 +186,7 @@ def _vmem(text, kernel):
 
 
 def _scalars(case):
-    return [case.sources] if case.op == "depth_mix" else [0, 0]
+    return [case.sources] if case.op == "depth_mix" else [0, 0, 0]
 
 
 def _function(case, counted=False):
@@ -198,7 +198,7 @@ def _function(case, counted=False):
         return lambda w, v, *rest: function(w, (v,), (None,), *_tupled(rest), eps=EPS)
     if case.direction == "forward":
         return lambda *a: function(*a, eps=EPS, norm_eps=EPS, keep_mixture=False)
-    return lambda *a: function(*a[:9], None, *a[9:], eps=EPS, norm_eps=EPS)
+    return lambda *a: function(*a[:9], (a[9], None, *a[10:]), eps=EPS, norm_eps=EPS)
 
 
 def _tupled(rest):
@@ -222,8 +222,9 @@ def _arguments(case, device):
         sources = of(case.sources, TOKENS, D, dtype=bf16)
         first, after = (of(S, D), sources), (rows, lse, sources)
     else:
-        flags = of(dtype=jnp.int32), of(dtype=jnp.bool_)
-        first, after = (of(D), of(D), rows, lse, stream, *flags), (stream, stream, rows, lse)
+        streams, at = of(1, TOKENS, D, dtype=bf16), of(dtype=jnp.int32)
+        first = (of(D), of(D), rows, lse, streams, at, at, of(dtype=jnp.bool_))
+        after = (stream, stream, rows, lse)
     if case.direction == "forward":
         return first
     forward = jax.eval_shape(_function(case._replace(kernel=f"{case.op}_forward")), *first)
