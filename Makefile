@@ -6,6 +6,7 @@ VENV ?= .venv
 LOCK ?= requirements/cpu.txt
 RUNS ?= runs/quick
 RUN := $(VENV)/bin/python
+LIBTPU := .libtpu
 WORKERS ?= 2
 TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 # One stamp a lock: another LOCK makes the environment anew.
@@ -29,8 +30,9 @@ seeds: $(READY)
 test: $(READY)
 	$(TEST)
 
-test-slow: $(READY)
-	$(TEST) -m slow
+test-slow: $(READY) $(LIBTPU)/.ready
+	$(TEST) -m "slow and not libtpu"
+	PYTHONPATH=$(LIBTPU) $(TEST) -m libtpu
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
@@ -39,6 +41,12 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
+
+# The compiler for TPUs needs no TPU. Apart from $(VENV), where every start of JAX would look for one.
+$(LIBTPU)/.ready: requirements/tpu.txt | $(READY)
+	@rm -rf $(LIBTPU) && mkdir $(LIBTPU) && sed -n '/^libtpu==/,/[^\\]$$/p' $< > $(LIBTPU)/lock.txt
+	@$(RUN) -m pip install --quiet --require-hashes --no-deps --target $(LIBTPU) -r $(LIBTPU)/lock.txt
+	@touch $@
 
 # Candidates are run, not looked up: a pyenv shim on PATH may exist and fail.
 $(READY): $(LOCK) pyproject.toml

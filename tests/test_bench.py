@@ -124,6 +124,7 @@ def test_slices_that_hold_a_count():
 
 
 @needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_traffic_end_to_end(tmp_path, capfd):
     """A small step compiled for a v5e: no scores in memory, and Block moves more than plain."""

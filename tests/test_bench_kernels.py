@@ -176,6 +176,7 @@ def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_roofline_end_to_end(tmp_path):
     """Every kernel at a small width compiles for a v5e and is counted."""
