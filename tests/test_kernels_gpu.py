@@ -113,6 +113,8 @@ MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
 
 
 @pytest.mark.parametrize("tokens, D, S, dtype, norm, y, j, first, keep", MERGE)
-def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep):
+def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
+    monkeypatch.setattr(merge_gpu, "PROGRAMS", 2)  # so that a program walks over several rows
+    monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(merge_gpu, a, j, first, keep, interpret=RACES)

@@ -11,7 +11,7 @@ gate is closed. In-place operands are `jax.Ref`s.
 stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
 
 Limits: D a multiple of 256 (a TMA copy takes 256 elements along an axis) whose 256-column chunks split
-evenly into at most 8 warpgroups of at most 14; one row of every operand fits the 226 KiB of shared memory;
+evenly into at most 8 warpgroups of at most 14; one row of every operand fits the 223 KiB of shared memory;
 all wide operands bf16, or all fp32.
 """
 
@@ -176,7 +176,7 @@ def backward(
     inputs |= dict(d_mixture=_fold(d_mixture)) if keep else {}
     rings = ["o_ring", "p_ring", "dx_ring", "dp_ring"] + ["dh_ring"] * keep
     scratch = {ring: tile.ring(tile.depth, stream.dtype) for ring in rings}
-    scratch |= dict(do_out=tile.ring(1, stream.dtype), dp_out=tile.ring(1, stream.dtype))
+    scratch |= {staging: tile.ring(tile.staged, stream.dtype) for staging in ("do_out", "dp_out")}
     scratch |= _shared(tile, norm, o_arrivals=2 + keep, p_arrivals=2)
     out = run(
         lambda r: _Row(r, tile).backward(),
@@ -384,10 +384,11 @@ class _Row:
             following = self.stats(i + 1)
             slot, t = self.arrived(i), self.token(i)
             m1, d_score = self.reductions(slot, stats, lax.rem(i, 2))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            own = self.cotangents(slot, stats, m1, d_score)
+            out = lax.rem(i, self.tile.staged)
+            plgpu.wait_smem_to_gmem(self.tile.staged - 1, wait_read_only=True)
+            own = self.cotangents(slot, out, stats, m1, d_score)
             plgpu.commit_smem()
-            self.send_cotangents(t, d_score)
+            self.send_cotangents(t, out, d_score)
             self.fetch(i + self.tile.depth)
             return following, *(a + b for a, b in zip(sums, own, strict=True))
 
@@ -418,7 +419,7 @@ class _Row:
         m1 = hq * (1.0 / self.tile.D)
         return m1, gate * (1.0 - gate) * r_h * (qu - m1 * hu)
 
-    def cotangents(self, slot, stats, m1, d_score):
+    def cotangents(self, slot, out, stats, m1, d_score):
         """Stage the cotangents of p and of row j; returns this row's share of dw and dscale."""
         r, (score, r_p, gate, r_h) = self.r, stats
         p, _, h, d = self.parts(slot, stats)
@@ -427,19 +428,19 @@ class _Row:
             d_h += self.load(r.dh_ring.at[slot])
         c = d_score * r_p
         own = gate * d_h + c * self.load(r.w_row) - (c * score * r_p * (1.0 / self.tile.D)) * p
-        r.dp_out.at[0][self.cols] = (self.load(r.dp_ring.at[slot]) + own).astype(r.dp_out.dtype)
-        r.do_out.at[0][self.cols] = ((1.0 - gate) * d_h).astype(r.do_out.dtype)
+        r.dp_out.at[out][self.cols] = (self.load(r.dp_ring.at[slot]) + own).astype(r.dp_out.dtype)
+        r.do_out.at[out][self.cols] = ((1.0 - gate) * d_h).astype(r.do_out.dtype)
         return (c * p, h * d) if self.norm else (c * p,)
 
-    def send_cotangents(self, t, d_score):
+    def send_cotangents(self, t, out, d_score):
         """One row of d_stream and of row j, in place."""
         r = self.r
 
         @pl.when(jnp.logical_not(self.first))
         def _():
-            self.send(r.dp_out.at[0], r.d_stream, t)
+            self.send(r.dp_out.at[out], r.d_stream, t)
 
-        self.send(r.do_out.at[0], r.d_mixtures.at[self.row_j], t)
+        self.send(r.do_out.at[out], r.d_mixtures.at[self.row_j], t)
         plgpu.commit_smem_to_gmem_group()
 
         @pl.when(self.group == 0)
