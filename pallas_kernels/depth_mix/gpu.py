@@ -432,3 +432,245 @@ def _log_sum_exp(r, block, span, visible):
     logits = [l if seen is True else jnp.where(seen, l, -jnp.inf) for l, seen in zip(logits, visible, strict=True)]
     top = functools.reduce(jnp.maximum, logits)
     return top + jnp.log(sum(jnp.exp(l - top) for l in logits))
+
+
+def _dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret):
+    """Cotangents of the logits [blocks, R, queries * 8]: a (dO . V - sum a dO . V + dlse)."""
+    chunk, groups, inner = shape.chunk, shape.padded // 8, _up(TOKENS * shape.R, 16)
+    chunks, depth = shape.D // chunk, shape.depth(3, chunk)
+    padding = depth * (shape.padded - shape.queries)
+    arrivals = _zero_arrivals(depth, inner, sources, counts) + padding
+
+    def body(r):
+        block, group = lax.axis_index("block"), lax.axis_index("group")
+        mine, tokens, rows = pl.ds(group * 64, 64), pl.ds(block * TOKENS, TOKENS), _Sources(r, sources, counts)
+
+        def fetch(j):
+            slot, cols = lax.rem(j, depth), pl.ds(j * chunk, chunk)
+            _fetch_rows(r, rows, slot, tokens, cols)
+            _fetch_cotangents(r, shape, at, slot, tokens, cols)
+
+        @pl.when(group == 0)
+        def _():
+            _zero(r.zeros, r.rows, rows.visible, r.zeroed)
+            _zero(r.zeros, r.cotangents, [True] * shape.queries, r.zeroed)
+            for j in range(depth):
+                fetch(j)
+
+        if arrivals:
+            plgpu.barrier_wait(r.zeroed)
+
+        def product(acc):
+            @pl.loop(0, chunks)
+            def _(j):
+                slot = lax.rem(j, depth)
+                plgpu.barrier_wait(r.full.at[slot])
+                plgpu.wgmma(acc, r.cotangents.at[slot, mine], plgpu.transpose_ref(r.rows.at[slot], (1, 0)))
+                plgpu.wgmma_wait(0)
+
+                @pl.when(j + depth < chunks)
+                def _():
+                    plgpu.barrier_arrive(r.empty.at[slot])
+
+                @pl.when((group == 0) & (j + depth < chunks))
+                def _():
+                    plgpu.barrier_wait(r.empty.at[slot])
+                    fetch(j + depth)
+
+            return acc[...]
+
+        dots = pl.run_scoped(product, plgpu.ACC((64, inner), F32))
+        row, col = (plgpu.broadcasted_iota(jnp.int32, dots.shape, d, layout=WGMMA) for d in (0, 1))
+        which = jnp.where((row & 7) == (col & 7), col >> 3, -1)
+        d_weights = [jnp.sum(jnp.where(which == i, dots, 0.0), axis=1) for i in range(shape.R)]
+        load = lambda ref: plgpu.load(ref.at[block, mine], layout=DOWN, optimized=False)
+        weights = _weights(r, range(shape.R), block, mine, load(r.lse_in), DOWN, rows.visible)
+        mean = sum(a * d for a, d in zip(weights, d_weights, strict=True)) - load(r.d_lse)
+        for i, (a, d) in enumerate(zip(weights, d_weights, strict=True)):
+            r.d_logits[block, i, mine] = a * (d - mean)
+
+    out = run(
+        body,
+        _named(sources, counts)
+        | dict(logits=logits, lse_in=lse, d_lse=d_lse, d_mixture=d_mixture, zeros=jnp.zeros((8, chunk), BF16)),
+        dict(d_logits=shaped(logits.shape)),
+        dict(
+            rows=_tiled(depth, inner, chunk, inner=chunk),
+            cotangents=_tiled(depth, groups * 64, chunk, inner=chunk),
+            full=plgpu.Barrier(num_arrivals=shape.R + shape.queries, num_barriers=depth),
+            empty=plgpu.Barrier(num_arrivals=groups, num_barriers=depth),
+            zeroed=plgpu.Barrier(num_arrivals=max(1, arrivals)),
+        ),
+        grid=dict(block=shape.blocks),
+        groups=groups,
+        name="depth_mix_dscore",
+        interpret=interpret,
+    )
+    return out.d_logits
+
+
+def _fetch_rows(r, rows, slot, tokens, cols):
+    for i, (row, seen) in enumerate(zip(rows.rows, rows.visible, strict=True)):
+        target = r.rows.at[slot, pl.ds(i * TOKENS, TOKENS)]
+        _copy_or_arrive(seen, row.at[tokens, cols], target, r.full.at[slot])
+
+
+def _fetch_cotangents(r, shape, at, slot, tokens, cols):
+    for s in range(shape.queries):
+        target = r.cotangents.at[slot, pl.ds(s * TOKENS, TOKENS)]
+        plgpu.copy_gmem_to_smem(r.d_mixture.at[at + s, tokens, cols], target, r.full.at[slot])
+
+
+def _apply(shape, w, c, along, logits, lse, sources, counts, d_mixture, at, d_sources, interpret):
+    """d_sources += A^T dO + C w - along * v, and dw = C^T V; `c` and `along` are C's halves and mean(C logit rstd)."""
+    groups, padded = -(-shape.R // 8), shape.padded
+    rows8, given = groups * 64, d_sources is not None
+    chunk, depth = _apply_tile(shape, rows8, given)
+    chunks = shape.D // chunk
+    programs = min(shape.blocks, max(1, PROGRAMS // chunks))
+    arrivals = _zero_arrivals(depth, rows8, sources, counts) + depth * (padded - shape.queries)
+
+    def body(r):
+        part, start, group = lax.axis_index("chunk"), lax.axis_index("program"), lax.axis_index("group")
+        mine, cols, rows = pl.ds(group * 64, 64), pl.ds(part * chunk, chunk), _Sources(r, sources, counts)
+        steps = (shape.blocks - start + programs - 1) // programs
+        outs = [getattr(r, f"d_source{k}").at[i] for k, v in enumerate(sources) for i in range(len(v))]
+
+        def fetch(b):
+            slot, block = lax.rem(b, depth), start + b * programs
+            tokens = pl.ds(block * TOKENS, TOKENS)
+            _fetch_rows(r, rows, slot, tokens, cols)
+            _fetch_cotangents(r, shape, at, slot, tokens, cols)
+            plgpu.copy_gmem_to_smem(r.c.at[block], r.scores.at[slot], r.full.at[slot])
+            if given:
+                for i, (out, seen) in enumerate(zip(outs, rows.visible, strict=True)):
+                    target = r.given.at[slot, pl.ds(i * TOKENS, TOKENS)]
+                    _copy_or_arrive(seen, out.at[tokens, cols], target, r.full.at[slot])
+
+        @pl.when(group == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(r.w.at[:, cols], r.queries, r.parameters)
+            _zero(r.zeros, r.rows, rows.visible, r.zeroed)
+            _zero(r.zeros, r.cotangents, [True] * shape.queries, r.zeroed)
+            for b in range(depth):
+
+                @pl.when(b < steps)
+                def _(b=b):
+                    fetch(b)
+
+        plgpu.barrier_wait(r.parameters)
+        if arrivals:
+            plgpu.barrier_wait(r.zeroed)
+
+        def transposed_weights(block):
+            """A^T of this warpgroup's eight sources: rows (source, token), columns (query, token)."""
+            lse = plgpu.load(r.lse_in.at[block], layout=ACROSS, optimized=False)
+            for m in range(groups):
+
+                @pl.when(group == m)
+                def _(m=m):
+                    eight = range(8 * m, min(shape.R, 8 * m + 8))
+                    span = pl.ds(0, padded * TOKENS)
+                    weights = _weights(r, eight, block, span, lse, ACROSS, rows.visible)
+                    r.high[mine], r.low[mine] = _diagonal((64, padded * TOKENS), weights, 1)
+
+            plgpu.commit_smem()
+
+        def run_blocks(dw):
+            @pl.loop(0, steps)
+            def _(b):
+                slot, block = lax.rem(b, depth), start + b * programs
+                tokens = pl.ds(block * TOKENS, TOKENS)
+                transposed_weights(block)
+                plgpu.barrier_wait(r.full.at[slot])
+                plgpu.wgmma(dw, plgpu.transpose_ref(r.scores.at[slot, mine], (1, 0)), r.rows.at[slot, mine])
+
+                def product(acc):
+                    plgpu.wgmma(acc, r.high.at[mine], r.cotangents.at[slot])
+                    plgpu.wgmma(acc, r.low.at[mine], r.cotangents.at[slot])
+                    plgpu.wgmma(acc, r.scores.at[slot, mine], r.queries)
+                    return acc[...]
+
+                y = pl.run_scoped(product, plgpu.ACC((64, chunk), F32))
+                e = plgpu.load(r.along.at[block, mine], layout=DOWN, optimized=False)
+                load = lambda ref: plgpu.load(ref.at[slot, mine], layout=WGMMA, optimized=False).astype(F32)
+                y -= lax.broadcast_in_dim(e, y.shape, (0,)) * load(r.rows)
+                if given:
+                    y += load(r.given)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                r.out[mine] = y.astype(BF16)
+                plgpu.wgmma_wait(0)
+                plgpu.commit_smem()
+
+                @pl.when(b + depth < steps)
+                def _():
+                    plgpu.barrier_arrive(r.empty.at[slot])
+
+                for i, (out, seen) in enumerate(zip(outs, rows.visible, strict=True)):
+
+                    @pl.when((group == i // 8) & (seen if given else True))
+                    def _(i=i, out=out):
+                        staged = r.out.at[pl.ds(i * TOKENS, TOKENS)]
+                        plgpu.copy_smem_to_gmem(staged, out.at[tokens, cols], commit_group=False)
+
+                plgpu.commit_smem_to_gmem_group()
+
+                @pl.when((group == 0) & (b + depth < steps))
+                def _():
+                    plgpu.barrier_wait(r.empty.at[slot])
+                    fetch(b + depth)
+
+            return dw[...]
+
+        r.dw[start, group, :, cols] = pl.run_scoped(run_blocks, plgpu.ACC((64, chunk), F32))
+        plgpu.wait_smem_to_gmem(0)
+
+    halves = _halves(w, padded)
+    queries = jnp.concatenate([halves[:padded], halves[:padded], halves[padded:]])
+    inputs = _named(sources, counts) | dict(c=c, along=along, logits=logits, lse_in=lse, d_mixture=d_mixture)
+    inputs |= dict(w=jnp.pad(queries, ((0, 64 - 3 * padded), (0, 0))), zeros=jnp.zeros((TOKENS, chunk), BF16))
+    outputs = dict(dw=shaped((programs, groups, 64, shape.D)))
+    names = [f"d_source{k}" for k in range(len(sources))]
+    if given:
+        refs = [jax.new_ref(d) for d in d_sources]
+        inputs |= dict(zip(names, refs, strict=True))
+    else:
+        outputs |= {name: shaped(v.shape, BF16) for name, v in zip(names, sources, strict=True)}
+    out = run(
+        body,
+        inputs,
+        outputs,
+        dict(
+            rows=_tiled(depth, rows8, chunk, inner=64),
+            cotangents=_tiled(depth, padded * TOKENS, chunk, inner=64),
+            scores=_tiled(depth, rows8, 64, inner=64),
+            **(dict(given=_tiled(depth, rows8, chunk, inner=64)) if given else {}),
+            high=_tiled(rows8, padded * TOKENS, inner=64),
+            low=_tiled(rows8, padded * TOKENS, inner=64),
+            queries=_tiled(64, chunk, inner=64),
+            out=_tiled(rows8, chunk, inner=64),
+            full=plgpu.Barrier(
+                num_arrivals=shape.R * (1 + given) + shape.queries + 1, num_barriers=depth
+            ),
+            empty=plgpu.Barrier(num_arrivals=groups, num_barriers=depth),
+            zeroed=plgpu.Barrier(num_arrivals=max(1, arrivals)),
+            parameters=plgpu.Barrier(),
+        ),
+        grid=dict(program=programs, chunk=chunks),
+        groups=groups,
+        name="depth_mix_apply",
+        interpret=interpret,
+    )
+    d_sources = [ref[...] for ref in refs] if given else [getattr(out, name) for name in names]
+    dw = jnp.sum(out.dw, (0, 1))
+    return (dw[:padded] + dw[padded : 2 * padded])[: shape.queries], tuple(d_sources)
+
+
+def _apply_tile(shape, rows, given):
+    """Columns and ring slots of `apply`: the widest and deepest that fit shared memory."""
+    entries = shape.padded * TOKENS
+    for chunk, depth in ((128, 2), (64, 2), (64, 1)):
+        ring = depth * (chunk * (rows * (1 + given) + entries) + rows * 64)
+        if shape.D % chunk == 0 and 2 * (ring + 2 * rows * entries + (64 + rows) * chunk) <= SHARED_BYTES:
+            return chunk, depth
+    raise AssertionError("the limits of R and queries let the smallest tile fit")
