@@ -54,7 +54,10 @@ def merge_inputs(tokens, D, S, dtype, *, norm=True, y=False, seed=0):
     a.stream, a.y = jnp.asarray(draw((tokens, D)), dtype), jnp.asarray(draw((tokens, D)), dtype)
     a.scale, a.y = (a.scale if norm else None), (a.y if y else None)
     a.d_x, a.d_mixture, a.d_stream = (jnp.asarray(draw((tokens, D)), dtype) for _ in range(3))
-    a.d_mixtures, a.d_lse = jnp.asarray(draw((S, tokens, D)), dtype), jnp.asarray(draw((S, tokens)), jnp.float32)
+    a.d_mixtures, a.d_lse = (
+        jnp.asarray(draw((S, tokens, D)), dtype),
+        jnp.asarray(draw((S, tokens)), jnp.float32),
+    )
     return a
 
 

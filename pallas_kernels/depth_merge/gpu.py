@@ -110,30 +110,38 @@ def _check(stream, **wide):
             raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {stream.dtype}")
 
 
-def forward(w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture, interpret=None):
+def forward(
+    w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture, interpret=None
+):
     """Read row j merged with the running sum; see the contract in the README of this folder."""
     _check(stream, mixtures=mixtures, y=y)
     keep, add = keep_mixture and scale is not None, y is not None
     tile = tile_of(stream, 2 + add, 1 + keep + add)
     dtype, row = stream.dtype, (tile.tokens, tile.D // CHUNK, CHUNK)
     running = jax.new_ref(_fold(stream)) if add else _fold(stream)
-    inputs = dict(control=_control(j, first), lse=lse, w=_fold(w), mixtures=_fold(mixtures), stream=running)
-    inputs |= dict(scale=_fold(scale)) if scale is not None else {}
-    inputs |= dict(y=_fold(y)) if add else {}
-    outputs = dict(x=shaped(row, dtype), stats=shaped((4, tile.tokens)))
-    outputs |= dict(mixture=shaped(row, dtype)) if keep else {}
-    scratch = dict(o_ring=tile.ring(tile.depth, dtype), p_ring=tile.ring(tile.depth, dtype))
-    scratch |= dict(y_ring=tile.ring(tile.depth, dtype)) if add else {}
-    scratch |= dict(x_out=tile.ring(tile.staged, dtype))
-    scratch |= dict(h_out=tile.ring(tile.staged, dtype)) if keep else {}
-    scratch |= dict(p_out=tile.ring(tile.staged, dtype)) if add else {}
+    inputs = {
+        "control": _control(j, first),
+        "lse": lse,
+        "w": _fold(w),
+        "mixtures": _fold(mixtures),
+        "stream": running,
+    }
+    inputs |= {"scale": _fold(scale)} if scale is not None else {}
+    inputs |= {"y": _fold(y)} if add else {}
+    outputs = {"x": shaped(row, dtype), "stats": shaped((4, tile.tokens))}
+    outputs |= {"mixture": shaped(row, dtype)} if keep else {}
+    scratch = {"o_ring": tile.ring(tile.depth, dtype), "p_ring": tile.ring(tile.depth, dtype)}
+    scratch |= {"y_ring": tile.ring(tile.depth, dtype)} if add else {}
+    scratch |= {"x_out": tile.ring(tile.staged, dtype)}
+    scratch |= {"h_out": tile.ring(tile.staged, dtype)} if keep else {}
+    scratch |= {"p_out": tile.ring(tile.staged, dtype)} if add else {}
     scratch |= _shared(tile, scale is not None, o_arrivals=1, p_arrivals=1 + add)
     out = run(
         lambda r: _Row(r, tile).forward(eps, norm_eps),
         inputs,
         outputs,
         scratch,
-        grid=dict(program=tile.programs),
+        grid={"program": tile.programs},
         groups=tile.groups,
         name="depth_merge_forward",
         interpret=interpret,
@@ -170,10 +178,16 @@ def backward(
     tile = tile_of(stream, 4 + keep, 2)
     sums = shaped((tile.programs, tile.D // CHUNK, CHUNK))
     running, row_j, lse_j = jax.new_ref(_fold(d_stream)), jax.new_ref(_fold(d_mixtures)), jax.new_ref(d_lse)
-    inputs = dict(control=_control(j, first), stats=stats, w=_fold(w), mixtures=_fold(mixtures))
-    inputs |= dict(stream=_fold(stream), d_x=_fold(d_x), d_stream=running, d_mixtures=row_j, d_lse=lse_j)
-    inputs |= dict(scale=_fold(scale)) if norm else {}
-    inputs |= dict(d_mixture=_fold(d_mixture)) if keep else {}
+    inputs = {"control": _control(j, first), "stats": stats, "w": _fold(w), "mixtures": _fold(mixtures)}
+    inputs |= {
+        "stream": _fold(stream),
+        "d_x": _fold(d_x),
+        "d_stream": running,
+        "d_mixtures": row_j,
+        "d_lse": lse_j,
+    }
+    inputs |= {"scale": _fold(scale)} if norm else {}
+    inputs |= {"d_mixture": _fold(d_mixture)} if keep else {}
     rings = ["o_ring", "p_ring", "dx_ring", "dp_ring"] + ["dh_ring"] * keep
     scratch = {ring: tile.ring(tile.depth, stream.dtype) for ring in rings}
     scratch |= {staging: tile.ring(tile.staged, stream.dtype) for staging in ("do_out", "dp_out")}
@@ -181,9 +195,9 @@ def backward(
     out = run(
         lambda r: _Row(r, tile).backward(),
         inputs,
-        dict(dw=sums) | (dict(dscale=sums) if norm else {}),
+        {"dw": sums} | ({"dscale": sums} if norm else {}),
         scratch,
-        grid=dict(program=tile.programs),
+        grid={"program": tile.programs},
         groups=tile.groups,
         name="depth_merge_backward",
         interpret=interpret,
@@ -206,7 +220,7 @@ def _shared(tile, norm, o_arrivals, p_arrivals):
     parameter = plgpu.SMEM((tile.D // CHUNK, CHUNK), F32)
     return dict(
         w_row=parameter,
-        **(dict(scale_row=parameter) if norm else {}),
+        **({"scale_row": parameter} if norm else {}),
         exchange=plgpu.SMEM((2, tile.groups, 4), F32),
         o_full=tile.barriers(o_arrivals),
         p_full=tile.barriers(p_arrivals),
