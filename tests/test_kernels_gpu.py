@@ -3,6 +3,7 @@
 Mosaic GPU runs in the interpreter that looks for races, Triton in its own.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import triton_interpreter
 from pallas_kernels.depth_merge import gpu as merge_gpu
+from pallas_kernels.depth_mix import gpu as mix_gpu
 
+F32, BF16 = jnp.float32, jnp.bfloat16
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 EPS, NORM_EPS = 1e-6, 1e-5
 # Relative norm of the error against fp64; bf16: what rounding once costs, and a little more.
@@ -61,13 +65,13 @@ def merge_inputs(tokens, D, S, dtype, *, norm=True, y=False, seed=0):
     return a
 
 
-def check_merge(backend, a, j, first, keep, **options):
+def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
     """Values and gradients of one read; j and first are traced."""
     dtype = a.stream.dtype.type
     ROUND[0], tolerance = dtype, TOLERANCE[dtype]
     options |= dict(eps=EPS, norm_eps=NORM_EPS)
 
-    @jax.jit
+    @jit
     def both(j, first):
         out = backend.forward(
             a.w, a.scale, a.mixtures, a.lse, a.stream, j, first, a.y, keep_mixture=keep, **options
@@ -106,12 +110,12 @@ def check_merge(backend, a, j, first, keep, **options):
 
 
 MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
-    pytest.param(5, 512, 3, jnp.bfloat16, True, False, 1, False, False, id="read"),
-    pytest.param(3, 512, 3, jnp.bfloat16, True, True, 2, False, True, id="add and keep"),
-    pytest.param(5, 512, 3, jnp.bfloat16, True, True, 1, True, True, id="first"),
-    pytest.param(1, 256, 1, jnp.bfloat16, False, False, 0, False, True, id="no norm, one token"),
-    pytest.param(3, 256, 1, jnp.float32, False, True, 0, True, False, id="no norm, first"),
-    pytest.param(7, 512, 1, jnp.float32, True, True, 0, False, True, id="fp32"),
+    pytest.param(5, 512, 3, BF16, True, False, 1, False, False, id="read"),
+    pytest.param(3, 512, 3, BF16, True, True, 2, False, True, id="add and keep", marks=pytest.mark.slow),
+    pytest.param(3, 256, 3, BF16, True, True, 1, True, True, id="first"),
+    pytest.param(1, 256, 1, BF16, False, False, 0, False, True, id="no norm, one token", marks=pytest.mark.slow),
+    pytest.param(3, 256, 1, F32, False, True, 0, True, False, id="no norm, first", marks=pytest.mark.slow),
+    pytest.param(7, 512, 1, F32, True, True, 0, False, True, id="fp32", marks=pytest.mark.slow),
 ]
 
 
@@ -121,3 +125,98 @@ def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch)
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(merge_gpu, a, j, first, keep, interpret=RACES)
+
+
+@pytest.mark.parametrize("D", [1000, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens, _, S, dtype, norm, y, j, first, keep", MERGE)
+def test_triton_merge(tokens, _, D, S, dtype, norm, y, j, first, keep, triton):
+    a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
+    check_merge(triton("depth_merge"), a, j, first, keep, jit=lambda f: f)
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """A Triton backend by name of its op, run by Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # before the first import: it is read then
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def backend(op):
+        module = importlib.import_module(f"pallas_kernels.{op}.triton")
+        monkeypatch.setattr(module, "PROGRAMS", 2)
+        monkeypatch.setattr(module, "call", triton_interpreter.call)
+        return module
+
+    return backend
+
+
+def mix_oracle(w, v):
+    """Mixtures and lse of every query over the visible rows, in fp64."""
+    s = jnp.einsum("sd,rtd->srt", w, v) / jnp.sqrt(jnp.mean(v * v, -1) + EPS)
+    lse = jax.nn.logsumexp(s, 1)
+    return jnp.einsum("srt,rtd->std", jnp.exp(s - lse[:, None]), v), lse
+
+
+def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, **options):
+    """Values and gradients of S queries; counts are traced, hidden rows are NaN."""
+    draw = np.random.default_rng(1).standard_normal
+    w = jnp.asarray(draw((S, D)) * 0.1, jnp.float32)
+    sources = tuple(jnp.asarray(draw((r, tokens, D)), dtype) for r in lengths)
+    sources = tuple(v if n is None else v.at[n:].set(jnp.nan) for v, n in zip(sources, counts, strict=True))
+    so_far = tuple(jnp.asarray(draw(v.shape), dtype) for v in sources)
+    d_mixture, d_lse = jnp.asarray(draw((S, tokens, D)), dtype), jnp.asarray(draw((S, tokens)), jnp.float32)
+
+    @jit
+    def both(counts):
+        out = backend.forward(w, sources, counts, eps=EPS, **options)
+        return out, backend.backward(
+            w, sources, counts, out.lse, out.stats, d_mixture, d_lse, so_far if given else None,
+            eps=EPS, **options,
+        )  # fmt: skip
+
+    out, (dw, d_sources) = both(tuple(None if n is None else jnp.int32(n) for n in counts))
+    seen = lambda arrays: jnp.concatenate([wide(v)[:n] for v, n in zip(arrays, counts, strict=True)])
+    with jax.enable_x64(True):
+        (mixture, lse), vjp = jax.vjp(mix_oracle, wide(w), seen(sources))
+        want_dw, want = vjp((wide(d_mixture), wide(d_lse)))
+        want += seen(so_far) if given else 0
+        got = seen(d_sources)
+    tolerance = TOLERANCE[dtype]
+    close(out.mixture, mixture, tolerance)
+    close(out.lse, lse, 2e-5)
+    close(dw, want_dw, 2e-5)
+    close(got, want, tolerance)
+    for d, before, n in zip(d_sources, so_far, counts, strict=True):
+        if n is not None:
+            np.testing.assert_array_equal(d[n:], before[n:] if given else jnp.zeros_like(d[n:]))
+
+
+MIX = [  # S, rows of each array, visible of them, tokens, D, given
+    pytest.param(3, [1, 4], [None, 2], 5, 128, True, id="two arrays, counted"),
+    pytest.param(1, [3], [None], 9, 64, False, id="single read", marks=pytest.mark.slow),
+    pytest.param(3, [4], [1], 3, 192, False, id="one visible row", marks=pytest.mark.slow),
+    pytest.param(12, [3, 7], [None, None], 17, 128, True, id="more than eight rows", marks=pytest.mark.slow),
+    pytest.param(17, [2], [None], 3, 64, True, id="more than 16 queries", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("S, lengths, counts, tokens, D, given", MIX)
+def test_mosaic_mix(S, lengths, counts, tokens, D, given):
+    check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, interpret=RACES)
+
+
+TRITON_WIDTHS = [  # D, dtype
+    pytest.param(200, BF16, id="D=200"),
+    pytest.param(99, BF16, id="rows not aligned", marks=pytest.mark.slow),
+    pytest.param(64, F32, id="fp32", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("D, dtype", TRITON_WIDTHS)
+@pytest.mark.parametrize("S, lengths, counts, tokens, _, given", MIX)
+def test_triton_mix(S, lengths, counts, tokens, D, _, given, dtype, triton):
+    check_mix(triton("depth_mix"), S, lengths, counts, tokens, D, dtype, given, jit=lambda f: f)
+
+
+@pytest.mark.slow
+def test_triton_mix_many_rows(triton):
+    check_mix(triton("depth_mix"), 32, [1, 129], [None, 100], 2, 72, BF16, True, jit=lambda f: f)
