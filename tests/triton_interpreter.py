@@ -46,15 +46,13 @@ _patched = []
 
 
 def call(op, kernel, operands, outputs, *, grid, warps, constants, aliases=None, stages=3):
-    """Run the kernel eagerly; outputs start as NaN, aliased ones as their input."""
+    """Run the kernel eagerly; outputs start as NaN, aliased ones are their input, as jax-triton has it."""
     if not _patched:
         _patch()
         _patched.append(True)
     kernels = importlib.import_module(f"pallas_kernels.{op}.triton_kernels")
     inputs = [_Array(np.array(a)) if hasattr(a, "shape") else a for a in operands]
-    sources = {output: inputs[i] for i, output in (aliases or {}).items()}
-    results = [
-        sources.get(i) or _Array(np.full(o.shape, np.nan, o.dtype)) for i, o in enumerate(outputs)
-    ]
-    getattr(kernels, kernel)[grid](*inputs, *results, **constants)
-    return [jnp.asarray(r.values) for r in results]
+    in_place = {output: inputs[i] for i, output in (aliases or {}).items()}
+    fresh = {i: _Array(np.full(o.shape, np.nan, o.dtype)) for i, o in enumerate(outputs) if i not in in_place}
+    getattr(kernels, kernel)[grid](*inputs, *fresh.values(), **constants)
+    return [jnp.asarray((fresh | in_place)[i].values) for i in range(len(outputs))]

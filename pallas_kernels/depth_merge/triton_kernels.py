@@ -1,6 +1,7 @@
 """Phase 2 in Triton: one row of D per step, in registers. See triton.py, which imports this only when called.
 
-jax-triton passes inputs (scalars too), then outputs, then constants. BD is the power of two >= D.
+jax-triton passes inputs (scalars too), then outputs, then constants; an output in the place of an input has
+no argument of its own. BD is the power of two >= D.
 `control` holds (j, first): when first, no load or store of the running sum touches memory.
 """
 
@@ -11,10 +12,10 @@ import triton.language as tl
 @triton.jit
 def forward(
     w, g, mixtures, lse, stream, y, control, T, eps, norm_eps,
-    x_out, h_out, p_out, stats,
+    x_out, h_out, stats,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One row: x, the mixture if KEEP, the new sum if ADD, and four statistics."""
+    """One row: x, the mixture if KEEP, the new sum in place if ADD, and four statistics."""
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
     m, k = c < D, t * D + c
@@ -22,8 +23,8 @@ def forward(
     o = tl.load(mixtures + (j * T + t) * D + c, mask=m, other=0.0).to(tl.float32)
     p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
     if ADD:
-        new = (p + tl.load(y + k, mask=seen, other=0.0).to(tl.float32)).to(p_out.dtype.element_ty)
-        tl.store(p_out + k, new, mask=seen)
+        new = (p + tl.load(y + k, mask=seen, other=0.0).to(tl.float32)).to(stream.dtype.element_ty)
+        tl.store(stream + k, new, mask=seen)
         p = new.to(tl.float32)
     r_p = tl.rsqrt(tl.sum(p * p) / D + eps)
     score = tl.sum(p * tl.load(w + c, mask=m, other=0.0)) * r_p
@@ -46,12 +47,12 @@ def forward(
 @triton.jit
 def backward(
     w, g, mixtures, stream, stats, d_x, d_h, d_stream, d_mixtures, d_lse, control, T,
-    d_stream_out, d_mixtures_out, d_lse_out, dw, dg,
+    dw, dg,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows in strides of the grid; dw and dg leave as one [D] partial per program.
 
-    d_mixtures and d_lse are the same memory as their outputs, and are only written.
+    d_stream is added to in place; d_mixtures and d_lse are only written.
     """
     start, c = tl.program_id(0), tl.arange(0, BD)
     j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
@@ -81,9 +82,9 @@ def backward(
         d_score = gate * (1.0 - gate) * tl.sum(d_mix * u)
         along = d_score * r_p
         own = gate * d_mix + along * wv - (along * score * r_p / D) * p
-        tl.store(d_stream_out + k, (later + own).to(d_stream_out.dtype.element_ty), mask=seen)
-        tl.store(d_mixtures_out + row_j, ((1.0 - gate) * d_mix).to(d_mixtures_out.dtype.element_ty), mask=m)
-        tl.store(d_lse_out + j * T + t, -d_score)
+        tl.store(d_stream + k, (later + own).to(d_stream.dtype.element_ty), mask=seen)
+        tl.store(d_mixtures + row_j, ((1.0 - gate) * d_mix).to(d_mixtures.dtype.element_ty), mask=m)
+        tl.store(d_lse + j * T + t, -d_score)
         dw_sum += along * p
     tl.store(dw + start * D + c, dw_sum, mask=m)
     if NORM:

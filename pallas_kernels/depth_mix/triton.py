@@ -63,9 +63,13 @@ def _seen(sources, counts, rows):
     return jnp.pad(seen.astype(jnp.int32), (0, rows - len(seen)))
 
 
+def _missing(arrays):
+    """The kernels take ten pointers; stand-ins, never read or written, for those that are not there."""
+    return [arrays[0]] * (ARRAYS - len(arrays))
+
+
 def _ten(arrays):
-    """The kernels take ten pointers; those without rows are never read."""
-    return [*arrays, *[arrays[0]] * (ARRAYS - len(arrays))]
+    return [*arrays, *_missing(arrays)]
 
 
 def forward(w, sources, counts, *, eps):
@@ -104,21 +108,18 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
     chunks = -(-sizes["D"] // chunk)
     programs = min(blocks, max(1, 4 * PROGRAMS // chunks))
     given = d_sources is not None
-    none = [jax.ShapeDtypeStruct((8,), sources[0].dtype)] * (ARRAYS - len(sources))
-    *outs, dw = call(
+    outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in sources]
+    in_place = [*d_sources, *[jnp.zeros(8, v.dtype) for v in _missing(sources)]] if given else []
+    unused = [] if given else [jax.ShapeDtypeStruct((8,), v.dtype) for v in _missing(sources)]
+    operands = [*_ten(sources), d_mixture, lse, logits, rstd, cs, w, seen, tokens]
+    results = call(
         "depth_mix",
         "apply",
-        [
-            *_ten(sources), d_mixture, lse, logits, rstd, cs, w, seen,
-            *_ten(d_sources if given else sources), tokens,
-        ],
-        [
-            *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in sources), *none,
-            jax.ShapeDtypeStruct((programs, len(w), sizes["D"]), F32),
-        ],
+        [*operands, *in_place],
+        [*outs, *unused, jax.ShapeDtypeStruct((programs, len(w), sizes["D"]), F32)],
         grid=(programs, chunks),
         warps=4,
-        aliases={17 + k: k for k in range(len(sources))} if given else {},
+        aliases={len(operands) + k: k for k in range(len(sources))} if given else {},
         constants={**sizes, "BK": chunk, "GIVEN": given},
-    )  # fmt: skip
-    return jnp.sum(dw, 0), tuple(outs[: len(sources)])
+    )
+    return jnp.sum(results[-1], 0), tuple(results[: len(sources)])

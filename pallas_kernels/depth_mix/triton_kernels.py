@@ -1,6 +1,7 @@
 """Phase 1 in Triton: tl.dot over chunks of D. See triton.py, which imports this only when called.
 
-jax-triton passes inputs (scalars too), then outputs, then constants. The sources are up to ten arrays of
+jax-triton passes inputs (scalars too), then outputs, then constants; an output in the place of an input has
+no argument of its own. The sources are up to ten arrays of
 N0 .. N9 rows; a tile holds TOK tokens of all rows, padded to NR of them, and SP padded queries.
 `seen` [NR] says which rows are visible: the others move no bytes. The fp32 side of a product enters as two
 halves in the sources' dtype (2^-16), so nothing but the result is rounded; fp32 sources multiply in fp32.
@@ -146,15 +147,17 @@ def dscore(
 
 @triton.jit
 def apply(
-    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, d_mixture, lse, logits, rstd, cs, w, seen,
-    g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, T,
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, d_mixture, lse, logits, rstd, cs, w, seen, T,
     d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, dw,
     R: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr,
     NR: tl.constexpr, SP: tl.constexpr, TOK: tl.constexpr, BK: tl.constexpr, GIVEN: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
     N5: tl.constexpr, N6: tl.constexpr, N7: tl.constexpr, N8: tl.constexpr, N9: tl.constexpr,
 ):  # fmt: skip
-    """d += A^T dO + C w - mean(C logit) rstd v for one chunk of D, and dw [programs, S, D] = C^T V."""
+    """d += A^T dO + C w - mean(C logit) rstd v for one chunk of D, and dw [programs, S, D] = C^T V.
+
+    d0 .. d9 are inputs added to in place if GIVEN, outputs if not.
+    """
     start, line = tl.program_id(0), tl.arange(0, TOK * NR)
     row, c, q = line % NR, tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, SP)
     visible = tl.load(seen + row) != 0
@@ -188,14 +191,11 @@ def apply(
         along = tl.sum(cm * tl.where(score > -float("inf"), score, 0.0), 1) * r / D
         z -= along[:, None] * v.to(tl.float32)
         dw_sum = product(tl.trans(cm), v, dw_sum)
-        if GIVEN:
-            given = addresses(
-                row, t, g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, T, BYTES, D, N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
-            )
-            z += tl.load(given[:, None] + c[None, :], mask=full, other=0.0).to(tl.float32)
         target = addresses(
             row, t, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, T, BYTES, D, N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
         )
+        if GIVEN:
+            z += tl.load(target[:, None] + c[None, :], mask=full, other=0.0).to(tl.float32)
         written = full if GIVEN else inside[:, None] & (c < D)[None, :]
         tl.store(target[:, None] + c[None, :], z.to(d0.dtype.element_ty), mask=written)
     tl.store(dw + (start.to(tl.int64) * S + q[:, None]) * D + c[None, :], dw_sum,
