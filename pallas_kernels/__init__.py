@@ -1,0 +1,1 @@
+"""Kernels for depth mixing on TPU and GPU."""

@@ -3,16 +3,21 @@
 Mosaic GPU runs in the interpreter that looks for races, Triton in its own.
 """
 
-import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import partial
 from types import SimpleNamespace
 
+import h200
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import triton_interpreter
 from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
 
@@ -27,6 +32,10 @@ def wide(a):
     return None if a is None else jnp.asarray(a, jnp.float64)
 
 
+def bf16(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def close(got, want, tolerance):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
@@ -35,7 +44,7 @@ def close(got, want, tolerance):
 
 
 def merge_oracle(w, scale, mixtures, lse, stream, j, first, y):
-    """h, x and the new sum of one read, in fp64 except that the sum is rounded as it is stored."""
+    """x and h, and the new sum, of one read, in fp64 except that the sum is rounded as it is stored."""
     o, p = mixtures[j], stream
     if y is not None and not first:
         p = p + y
@@ -44,7 +53,7 @@ def merge_oracle(w, scale, mixtures, lse, stream, j, first, y):
     gate = 0.0 if first else jax.nn.sigmoid(score - lse[j])[:, None]
     h = o + gate * (p - o)
     x = h if scale is None else h / jnp.sqrt(jnp.mean(h * h, -1, keepdims=True) + NORM_EPS) * scale
-    return x, h, p
+    return (x, h), p
 
 
 ROUND = [jnp.bfloat16]
@@ -69,7 +78,7 @@ def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
     """Values and gradients of one read; j and first are traced."""
     dtype = a.stream.dtype.type
     ROUND[0], tolerance = dtype, TOLERANCE[dtype]
-    options |= dict(eps=EPS, norm_eps=NORM_EPS)
+    options |= {"eps": EPS, "norm_eps": NORM_EPS}
 
     @jit
     def both(j, first):
@@ -86,9 +95,8 @@ def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
     assert (out.mixture is None) != keep
     with jax.enable_x64(True):
         primals = [wide(v) for v in (a.w, a.scale, a.mixtures, a.lse, a.stream)]
-        read = lambda *p: merge_oracle(*p, j, first, wide(a.y))[:2]
-        (x, h), vjp = jax.vjp(read, *primals)
-        new = merge_oracle(*primals, j, first, wide(a.y))[2]
+        read = partial(merge_oracle, j=j, first=first, y=wide(a.y))
+        (x, h), vjp, new = jax.vjp(read, *primals, has_aux=True)
         grads = vjp((wide(a.d_x), wide(a.d_mixture) * keep))
     close(out.x, x, tolerance)
     if keep:
@@ -113,13 +121,15 @@ MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
     pytest.param(5, 512, 3, BF16, True, False, 1, False, False, id="read"),
     pytest.param(3, 512, 3, BF16, True, True, 2, False, True, id="add and keep", marks=pytest.mark.slow),
     pytest.param(3, 256, 3, BF16, True, True, 1, True, True, id="first"),
-    pytest.param(1, 256, 1, BF16, False, False, 0, False, True, id="no norm, one token", marks=pytest.mark.slow),
+    pytest.param(
+        1, 256, 1, BF16, False, False, 0, False, True, id="no norm, one token", marks=pytest.mark.slow
+    ),
     pytest.param(3, 256, 1, F32, False, True, 0, True, False, id="no norm, first", marks=pytest.mark.slow),
     pytest.param(7, 512, 1, F32, True, True, 0, False, True, id="fp32", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("tokens, D, S, dtype, norm, y, j, first, keep", MERGE)
+@pytest.mark.parametrize(("tokens", "D", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
 def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
     monkeypatch.setattr(merge_gpu, "PROGRAMS", 2)  # so that a program walks over several rows
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
@@ -128,7 +138,7 @@ def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch)
 
 
 @pytest.mark.parametrize("D", [1000, pytest.param(99, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tokens, _, S, dtype, norm, y, j, first, keep", MERGE)
+@pytest.mark.parametrize(("tokens", "_", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
 def test_triton_merge(tokens, _, D, S, dtype, norm, y, j, first, keep, triton):
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(triton("depth_merge"), a, j, first, keep, jit=lambda f: f)
@@ -156,6 +166,10 @@ def mix_oracle(w, v):
     return jnp.einsum("srt,rtd->std", jnp.exp(s - lse[:, None]), v), lse
 
 
+def seen(arrays, counts):
+    return jnp.concatenate([wide(v)[:n] for v, n in zip(arrays, counts, strict=True)])
+
+
 def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, **options):
     """Values and gradients of S queries; counts are traced, hidden rows are NaN."""
     draw = np.random.default_rng(1).standard_normal
@@ -174,12 +188,11 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
         )  # fmt: skip
 
     out, (dw, d_sources) = both(tuple(None if n is None else jnp.int32(n) for n in counts))
-    seen = lambda arrays: jnp.concatenate([wide(v)[:n] for v, n in zip(arrays, counts, strict=True)])
     with jax.enable_x64(True):
-        (mixture, lse), vjp = jax.vjp(mix_oracle, wide(w), seen(sources))
+        (mixture, lse), vjp = jax.vjp(mix_oracle, wide(w), seen(sources, counts))
         want_dw, want = vjp((wide(d_mixture), wide(d_lse)))
-        want += seen(so_far) if given else 0
-        got = seen(d_sources)
+        want += seen(so_far, counts) if given else 0
+        got = seen(d_sources, counts)
     tolerance = TOLERANCE[dtype]
     close(out.mixture, mixture, tolerance)
     close(out.lse, lse, 2e-5)
@@ -199,7 +212,7 @@ MIX = [  # S, rows of each array, visible of them, tokens, D, given
 ]
 
 
-@pytest.mark.parametrize("S, lengths, counts, tokens, D, given", MIX)
+@pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "D", "given"), MIX)
 def test_mosaic_mix(S, lengths, counts, tokens, D, given):
     check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, interpret=RACES)
 
@@ -211,8 +224,8 @@ TRITON_WIDTHS = [  # D, dtype
 ]
 
 
-@pytest.mark.parametrize("D, dtype", TRITON_WIDTHS)
-@pytest.mark.parametrize("S, lengths, counts, tokens, _, given", MIX)
+@pytest.mark.parametrize(("D", "dtype"), TRITON_WIDTHS)
+@pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "_", "given"), MIX)
 def test_triton_mix(S, lengths, counts, tokens, D, _, given, dtype, triton):
     check_mix(triton("depth_mix"), S, lengths, counts, tokens, D, dtype, given, jit=lambda f: f)
 
@@ -220,3 +233,81 @@ def test_triton_mix(S, lengths, counts, tokens, D, _, given, dtype, triton):
 @pytest.mark.slow
 def test_triton_mix_many_rows(triton):
     check_mix(triton("depth_mix"), 32, [1, 129], [None, 100], 2, 72, BF16, True, jit=lambda f: f)
+
+
+BAD_MERGE = [  # a change of the operands, what the error says
+    pytest.param({"D": 1000}, r"stream: D = 1000 is not a multiple of 256", id="D not of whole copies"),
+    pytest.param({"D": 17 * 256}, r"stream: D = 4352 does not split", id="D of a prime number of copies"),
+    pytest.param({"D": 14336, "dtype": F32}, r"stream: a row of D = 14336 .* exceeds", id="D too large"),
+    pytest.param({"dtype": jnp.float16}, r"stream: dtype float16 is neither", id="fp16"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_MERGE)
+def test_mosaic_merge_refuses(change, message):
+    a = merge_inputs(**{"tokens": 1, "D": 256, "S": 1, "dtype": BF16} | change)
+    with pytest.raises(ValueError, match=message):
+        merge_gpu.forward(
+            a.w, a.scale, a.mixtures, a.lse, a.stream, 0, False, eps=EPS, norm_eps=EPS, keep_mixture=False
+        )
+
+
+def test_merge_refuses_mixed_dtypes():
+    a = merge_inputs(1, 256, 1, BF16)
+    with pytest.raises(ValueError, match="mixtures: dtype float32 differs from that of stream, bfloat16"):
+        merge_gpu.forward(
+            a.w, a.scale, a.mixtures.astype(F32), a.lse, a.stream, 0, False,
+            eps=EPS, norm_eps=EPS, keep_mixture=False,
+        )  # fmt: skip
+
+
+BAD_MIX = [  # rows, D, dtype, what the error says
+    pytest.param(2, 72, BF16, r"sources: D = 72 is not a multiple of 64", id="D"),
+    pytest.param(17, 64, BF16, r"sources: R = 17 rows, not from 1 to 16", id="too many rows"),
+    pytest.param(0, 64, BF16, r"sources: R = 0 rows", id="no rows"),
+    pytest.param(2, 64, F32, r"sources\[0\]: dtype float32", id="fp32"),
+]
+
+
+@pytest.mark.parametrize(("R", "D", "dtype", "message"), BAD_MIX)
+def test_mosaic_mix_refuses(R, D, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        mix_gpu.forward(jnp.ones((1, D)), (jnp.ones((R, 4, D), dtype),), (None,), eps=EPS)
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="jax-triton lowers under this JAX")
+def test_triton_says_why_it_does_not_lower():
+    backend = importlib.import_module("pallas_kernels.depth_mix.triton")
+    with pytest.raises(RuntimeError, match=r"jax-triton does not lower under JAX 0\.12"):
+        backend.forward(jnp.ones((1, 16)), (jnp.ones((1, 1, 16)),), (None,), eps=EPS)
+
+
+KERNELS = {  # calls of each kernel in forward and backward
+    "merge": {"depth_merge_forward": 1, "depth_merge_backward": 1},
+    "mix": {"depth_mix_score": 1, "depth_mix_forward": 1, "depth_mix_dscore": 1, "depth_mix_apply": 1},
+}
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_lowering_for_cuda_holds_each_kernel_once(op, monkeypatch):
+    monkeypatch.setattr(h200, "N", 2)  # lowering takes as long as there are rows
+    programs = []
+    for f, args in getattr(h200, op)(bf16, 512):
+        with jax.sharding.use_abstract_mesh(h200.abstract(jax)):
+            programs.append(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)))
+    text = "".join(p.as_text(debug_info=True) for p in programs)
+    assert text.count("custom_call @mosaic_gpu") == sum(KERNELS[op].values())
+    assert {name: text.count(f"/{name}/mpmd_map") for name in KERNELS[op]} == KERNELS[op]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_on_an_h200():
+    """ptxas itself, for a device that is not there; in its own process, which is not confined to the CPU."""
+    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)) or not h200.toolkit():
+        pytest.skip("the CUDA plugin of JAX or the CUDA compiler is not installed")
+    rows = [f"{op}:{D}" for op in KERNELS for D in (2048, 2304, 4096)]
+    run = subprocess.run([sys.executable, h200.__file__, *rows], capture_output=True, text=True, check=True)
+    kernels = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert {k["kernel"] for k in kernels} == {name for op in KERNELS.values() for name in op}
+    assert len(kernels) == 3 * sum(map(len, KERNELS.values()))
+    assert all(k["spilled"] == 0 for k in kernels), kernels

@@ -1,7 +1,7 @@
 """Triton's interpreter on the CPU without torch: `call` stands in for `pallas_kernels.triton.call`.
 
 Arrays are numpy behind `data_ptr()`; bf16 lies there as 16-bit integers. Two of the interpreter's traps are
-mended: its dot multiplies those integers, and its cast to bf16 cuts the lower bits off where the hardware rounds.
+mended: its dot multiplies those integers, and its cast to bf16 cuts the lower bits where the hardware rounds.
 """
 
 import importlib

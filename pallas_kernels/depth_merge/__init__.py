@@ -1,0 +1,1 @@
+"""Phase 2: one read of a block, in one kernel."""

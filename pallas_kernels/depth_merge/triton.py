@@ -72,7 +72,8 @@ def forward(w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps,
 
 
 def backward(
-    w, scale, mixtures, lse, stream, j, first, stats, d_x, d_mixture, d_stream, d_mixtures, d_lse, *, eps, norm_eps
+    w, scale, mixtures, lse, stream, j, first, stats, d_x, d_mixture, d_stream, d_mixtures, d_lse,
+    *, eps, norm_eps,
 ):  # fmt: skip
     """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last three written in place."""
     del lse, eps, norm_eps  # all that they say is in stats

@@ -1,0 +1,1 @@
+"""Phase 1: S queries at once over R sources."""

@@ -137,7 +137,7 @@ def _visible(sources, counts):
 
 
 def _block_queries(a):
-    """[R, blocks * 8, queries] to [blocks, R, queries * 8]: the rows (query, token) of a block in one line."""
+    """[R, blocks * 8, queries] to [blocks, R, queries * 8]: a block's (query, token) in one line."""
     R, _, queries = a.shape
     return a.reshape(R, -1, TOKENS, queries).transpose(1, 0, 3, 2).reshape(-1, R, queries * TOKENS)
 

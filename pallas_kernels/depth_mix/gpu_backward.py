@@ -70,7 +70,7 @@ def dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret)
             def _(j):
                 slot = lax.rem(j, depth)
                 plgpu.barrier_wait(r.full.at[slot])
-                plgpu.wgmma(acc, r.cotangents.at[slot, mine], plgpu.transpose_ref(r.rows.at[slot], (1, 0)))
+                plgpu.wgmma(acc, r.cotangents.at[slot, mine], r.rows.at[slot].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
 
                 @pl.when(j + depth < chunks)
@@ -328,7 +328,7 @@ class _Apply:
         return plgpu.load(ring.at[slot, self.rows, self.cols], layout=WGMMA, optimized=False).astype(F32)
 
     def send(self, block):
-        """Start the copies of this warpgroup's rows to memory; a hidden row of a given array keeps its own."""
+        """Start the copies of this warpgroup's rows to memory; a hidden row keeps what was given."""
         tokens = pl.ds(block * TOKENS, TOKENS)
         for i, (out, seen) in enumerate(zip(self.outs, self.sources.visible, strict=True)):
 
@@ -350,7 +350,7 @@ class _Apply:
                 slot, block = lax.rem(b, self.tile.depth), self.block(b)
                 plgpu.barrier_wait(r.full.at[slot])
                 self.weights(slot, block)
-                c = plgpu.transpose_ref(r.scores.at[slot, self.rows], (1, 0))
+                c = r.scores.at[slot, self.rows].transpose((1, 0))
                 plgpu.wgmma(dw, c, r.rows.at[slot, self.rows, self.cols])
                 y = self.cotangent(slot, block)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

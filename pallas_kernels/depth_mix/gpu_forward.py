@@ -56,7 +56,7 @@ def score(shape, w, sources, counts, eps, interpret):
                     plgpu.barrier_wait(r.full.at[slot])
                     for half in range(2):
                         queries = r.queries.at[slot, pl.ds(half * padded, padded)]
-                        plgpu.wgmma(acc, r.rows.at[slot], plgpu.transpose_ref(queries, (1, 0)))
+                        plgpu.wgmma(acc, r.rows.at[slot], queries.transpose((1, 0)))
                     v = plgpu.load(r.rows.at[slot], layout=WGMMA, optimized=False).astype(F32)
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()

@@ -1,4 +1,4 @@
-"""What the kernels of Phase 1 in Mosaic GPU share: sizes, tiles, the rows of the sources, matrices of weights."""
+"""What the kernels of Phase 1 in Mosaic GPU share: sizes, tiles, rows of the sources, matrices of weights."""
 
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ def tiled(*shape, inner, dtype=BF16):
 
 
 def up(a, b):
+    """`a` rounded up to a multiple of `b`."""
     return -(-a // b) * b
 
 
@@ -94,6 +95,7 @@ def copy_or_arrive(visible, source, target, barrier):
 
 
 def fetch_rows(r, rows, slot, tokens, cols):
+    """Start the copies of all visible rows into a slot."""
     for i, (row, seen) in enumerate(zip(rows.rows, rows.visible, strict=True)):
         target = r.rows.at[slot, pl.ds(i * TOKENS, TOKENS)]
         copy_or_arrive(seen, row.at[tokens, cols], target, r.full.at[slot])

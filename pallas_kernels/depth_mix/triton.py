@@ -1,4 +1,4 @@
-"""Phase 1 in Triton through jax-triton (Ampere and newer): S queries at once over R sources, and its backward.
+"""Phase 1 in Triton through jax-triton (Ampere and newer): S queries over R sources, and its backward.
 
 Any D (chunks are masked), any number of tokens, R up to 256 rows in at most ten arrays, S up to 64; bf16 or
 fp32. Three kernels, in rows of D per token for n visible rows:
@@ -43,7 +43,9 @@ def _constants(w, sources):
         raise ValueError(f"sources[0]: dtype {dtype} is neither bfloat16 nor float32")
     for k, v in enumerate(sources):
         if v.shape[1:] != (tokens, D) or v.dtype != dtype:
-            raise ValueError(f"sources[{k}]: {v.dtype} {v.shape} differs from sources[0], {dtype} [.., {tokens}, {D}]")
+            raise ValueError(
+                f"sources[{k}]: {v.dtype} {v.shape} differs from sources[0], {dtype} [.., {tokens}, {D}]"
+            )
     if len(sources) > ARRAYS:
         raise ValueError(f"sources: {len(sources)} arrays, more than {ARRAYS}; give them as one buffer")
     if not 1 <= R <= ROWS:
@@ -53,7 +55,14 @@ def _constants(w, sources):
     rows, queries = (max(16, 1 << (n - 1).bit_length()) for n in (R, S))
     tile = {"NR": rows, "SP": queries, "TOK": max(1, 32 // rows), "BK": 64 if rows > 64 else 128}
     lengths = [len(v) for v in sources] + [0] * (ARRAYS - len(sources))
-    return {"R": R, "S": S, "D": D, "BYTES": dtype.itemsize, **tile, **{f"N{k}": n for k, n in enumerate(lengths)}}
+    return {
+        "R": R,
+        "S": S,
+        "D": D,
+        "BYTES": dtype.itemsize,
+        **tile,
+        **{f"N{k}": n for k, n in enumerate(lengths)},
+    }
 
 
 def _seen(sources, counts, rows):
@@ -82,7 +91,10 @@ def forward(w, sources, counts, *, eps):
         "depth_mix",
         "forward",
         [*_ten(sources), w, _seen(sources, counts, sizes["NR"]), tokens, eps],
-        [jax.ShapeDtypeStruct((S, tokens, D), sources[0].dtype), *(jax.ShapeDtypeStruct(s, F32) for s in shapes)],
+        [
+            jax.ShapeDtypeStruct((S, tokens, D), sources[0].dtype),
+            *(jax.ShapeDtypeStruct(s, F32) for s in shapes),
+        ],
         grid=(-(-tokens // sizes["TOK"]),),
         warps=4,
         constants=sizes,

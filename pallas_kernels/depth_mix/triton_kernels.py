@@ -41,20 +41,22 @@ def addresses(
     # Without the promise every load is two bytes wide; a pointer chosen by tl.where carries none.
     if D * BYTES % 16 == 0:
         a = tl.multiple_of(a, 16)
-        return tl.multiple_of(a.to(tl.pointer_type(v0.dtype.element_ty), bitcast=False), 16)
-    else:
-        return a.to(tl.pointer_type(v0.dtype.element_ty), bitcast=False)
+    pointers = a.to(tl.pointer_type(v0.dtype.element_ty), bitcast=False)
+    if D * BYTES % 16 == 0:
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers
 
 
 @triton.jit
 def product(a, b, acc):
     """acc + a @ b, a in fp32 as two halves in b's dtype."""
     if b.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     else:
         high = a.to(b.dtype)
         acc = tl.dot(high, b, acc)
-        return tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
+        acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
+    return acc
 
 
 @triton.jit
@@ -132,7 +134,9 @@ def dscore(
     for k in range(0, D, BK):
         c = k + kc
         v = tl.load(source[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
-        y = tl.load(cotangent[:, :, None] + c[None, None, :], mask=out[:, :, None] & (c < D)[None, None, :], other=0.0)
+        y = tl.load(
+            cotangent[:, :, None] + c[None, None, :], mask=out[:, :, None] & (c < D)[None, None, :], other=0.0
+        )
         d_a = tl.dot(tl.reshape(v, [TOK, NR, BK]), tl.permute(y, [0, 2, 1]), d_a, input_precision="ieee")
     at = t.to(tl.int64) * R + row
     stored = ((row < R) & (t < T))[:, None] & (q < S)[None, :]
@@ -170,7 +174,31 @@ def apply(
         live, inside = visible & (t < T), (row < R) & (t < T)
         full = live[:, None] & (c < D)[None, :]
         source = addresses(
-            row, t, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, T, BYTES, D, N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+            row,
+            t,
+            v0,
+            v1,
+            v2,
+            v3,
+            v4,
+            v5,
+            v6,
+            v7,
+            v8,
+            v9,
+            T,
+            BYTES,
+            D,
+            N0,
+            N1,
+            N2,
+            N3,
+            N4,
+            N5,
+            N6,
+            N7,
+            N8,
+            N9,
         )
         at = t.to(tl.int64) * R + row
         small = inside[:, None] & (q < S)[None, :]
@@ -192,7 +220,31 @@ def apply(
         z -= along[:, None] * v.to(tl.float32)
         dw_sum = product(tl.trans(cm), v, dw_sum)
         target = addresses(
-            row, t, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, T, BYTES, D, N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+            row,
+            t,
+            d0,
+            d1,
+            d2,
+            d3,
+            d4,
+            d5,
+            d6,
+            d7,
+            d8,
+            d9,
+            T,
+            BYTES,
+            D,
+            N0,
+            N1,
+            N2,
+            N3,
+            N4,
+            N5,
+            N6,
+            N7,
+            N8,
+            N9,
         )
         if GIVEN:
             z += tl.load(target[:, None] + c[None, :], mask=full, other=0.0).to(tl.float32)
