@@ -66,7 +66,10 @@ class Row:
         return plgpu.load(ref.at[self.cols], layout=self.tile.layout, optimized=False).astype(F32)
 
     def row_sums(self, values, slot):
-        """Sums of elementwise values over the row, hence over the warpgroups, in a fixed order."""
+        """Sums of elementwise values over the row, hence over the warpgroups, in a fixed order.
+
+        Two slots in turn: a warpgroup may write the next sums before another has read these.
+        """
         values = [jnp.sum(v) for v in values]
         if self.tile.groups == 1:
             return values
@@ -140,7 +143,7 @@ class Row:
             slot, out = self.arrived(i), lax.rem(i, self.tile.staged)
             plgpu.wait_smem_to_gmem(self.tile.staged - 1, wait_read_only=True)
             p = self.summed(slot, out)
-            score, r_p, gate = self.gate(p, lse, eps)
+            score, r_p, gate = self.gate(p, lse, eps, 0 if self.norm else lax.rem(i, 2))
             o = self.load(r.o_ring.at[slot])
             h = o + gate * (p - o)
             r_h = self.finish(h, out, norm_eps)
@@ -162,9 +165,9 @@ class Row:
         r.p_out.at[out][self.cols] = new
         return new.astype(F32)
 
-    def gate(self, p, lse, eps):
+    def gate(self, p, lse, eps, exchange):
         """Score and reciprocal rms of the running sum, and its share of the read."""
-        squares, dot = self.row_sums((p * p, p * self.load(self.r.w_row)), 0)
+        squares, dot = self.row_sums((p * p, p * self.load(self.r.w_row)), exchange)
         r_p = lax.rsqrt(squares * (1.0 / self.tile.D) + eps)
         score = dot * r_p
         return score, r_p, jnp.where(self.first, 0.0, 1.0 / (1.0 + jnp.exp(lse - score)))

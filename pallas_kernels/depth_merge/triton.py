@@ -1,6 +1,7 @@
 """Phase 2 in Triton through jax-triton (Ampere and newer): one read of a block, and its backward.
 
-Any D up to 16384 (masked to the power of two above it), any number of tokens; bf16 or fp32. In-place
+Any D up to 16384 (masked to the power of two above it; the backward spills above 4096), any number of
+tokens; bf16 or fp32. In-place
 operands are aliased. dw and dscale leave as [programs, D] and are added up outside: no atomics.
 stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
 
@@ -81,6 +82,9 @@ def backward(
     tokens, D = stream.shape
     norm, keep = scale is not None, d_mixture is not None
     width, warps = _row(D)
+    stages = max(
+        1, min(3, 4 - width * stream.dtype.itemsize // 8192)
+    )  # the ring fits an A100's shared memory
     programs = min(PROGRAMS, tokens)
     sums, none = jax.ShapeDtypeStruct((programs, D), F32), jax.ShapeDtypeStruct((8,), F32)
     operands = [w, scale if norm else w, mixtures, stream, stats, d_x, d_mixture if keep else d_x]
@@ -93,6 +97,6 @@ def backward(
         grid=(programs,),
         warps=min(16, 2 * warps),
         aliases={7: 0, 8: 1, 9: 2},
-        constants={"D": D, "BD": width, "NORM": norm, "KEEP": keep, "STAGES": 3},
+        constants={"D": D, "BD": width, "NORM": norm, "KEEP": keep, "STAGES": stages},
     )
     return jnp.sum(dw, 0), jnp.sum(dscale, 0) if norm else None, d_stream, d_mixtures, d_lse

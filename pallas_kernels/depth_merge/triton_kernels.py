@@ -58,7 +58,6 @@ def backward(
     j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
     m = c < D
     seen = c < tl.where(summed, D, 0)
-    wv = tl.load(w + c, mask=m, other=0.0)
     dw_sum = tl.zeros([BD], tl.float32)
     dg_sum = tl.zeros([BD], tl.float32)
     for i in tl.range(start, T, tl.num_programs(0), num_stages=STAGES):  # an asynchronous ring of rows
@@ -81,6 +80,7 @@ def backward(
             d_mix += tl.load(d_h + k, mask=m, other=0.0).to(tl.float32)
         d_score = gate * (1.0 - gate) * tl.sum(d_mix * u)
         along = d_score * r_p
+        wv = tl.load(w + c, mask=m, other=0.0)  # out of the cache: registers are scarcer
         own = gate * d_mix + along * wv - (along * score * r_p / D) * p
         tl.store(d_stream + k, (later + own).to(d_stream.dtype.element_ty), mask=seen)
         tl.store(d_mixtures + row_j, ((1.0 - gate) * d_mix).to(d_mixtures.dtype.element_ty), mask=m)

@@ -130,7 +130,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
         [*operands, *in_place],
         [*outs, *unused, jax.ShapeDtypeStruct((programs, len(w), sizes["D"]), F32)],
         grid=(programs, chunks),
-        warps=4,
+        warps=8,
         aliases={len(operands) + k: k for k in range(len(sources))} if given else {},
         constants={**sizes, "BK": chunk, "GIVEN": given},
     )
