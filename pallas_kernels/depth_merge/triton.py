@@ -1,8 +1,8 @@
 """Phase 2 in Triton through jax-triton (Ampere and newer): one read of a block, and its backward.
 
 Any D up to 16384 (masked to the power of two above it; the backward spills above 4096), any number of
-tokens; bf16 or fp32. In-place
-operands are aliased. dw and dscale leave as [programs, D] and are added up outside: no atomics.
+tokens; bf16 or fp32. In-place operands are aliased. dw and dscale leave as [programs, D] and are added up
+outside: no atomics.
 stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
 
 jax-triton 0.4 does not lower under JAX 0.12 and newer, where a call raises. Imports are made by the call.
@@ -78,13 +78,12 @@ def backward(
 ):  # fmt: skip
     """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last three written in place."""
     del lse, eps, norm_eps  # all that they say is in stats
-    _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_stream=d_stream, d_mixtures=d_mixtures)
+    _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_mixtures=d_mixtures, d_stream=d_stream)
     tokens, D = stream.shape
     norm, keep = scale is not None, d_mixture is not None
     width, warps = _row(D)
-    stages = max(
-        1, min(3, 4 - width * stream.dtype.itemsize // 8192)
-    )  # the ring fits an A100's shared memory
+    # As many slots as fit an A100's shared memory.
+    stages = max(1, min(3, 4 - width * stream.dtype.itemsize // 8192))
     programs = min(PROGRAMS, tokens)
     sums, none = jax.ShapeDtypeStruct((programs, D), F32), jax.ShapeDtypeStruct((8,), F32)
     operands = [w, scale if norm else w, mixtures, stream, stats, d_x, d_mixture if keep else d_x]
