@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
+from pallas_kernels.depth_mix import gpu_backward
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 RACES = plgpu.InterpretGPUParams(detect_races=True)
@@ -209,11 +210,13 @@ MIX = [  # S, rows of each array, visible of them, tokens, D, given
     pytest.param(3, [4], [1], 3, 192, False, id="one visible row", marks=pytest.mark.slow),
     pytest.param(12, [3, 7], [None, None], 17, 128, True, id="more than eight rows", marks=pytest.mark.slow),
     pytest.param(17, [2], [None], 3, 64, True, id="more than 16 queries", marks=pytest.mark.slow),
+    pytest.param(2, [2, 7], [None, 6], 25, 320, True, id="rings turn", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "D", "given"), MIX)
-def test_mosaic_mix(S, lengths, counts, tokens, D, given):
+def test_mosaic_mix(S, lengths, counts, tokens, D, given, monkeypatch):
+    monkeypatch.setattr(gpu_backward, "PROGRAMS", 1)  # so that a program walks over several blocks
     check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, interpret=RACES)
 
 
