@@ -68,7 +68,7 @@ def mix(shape, D):
     sources = tuple(shape((r, TOKENS, D)) for r in (*[1] * (N // 2), N // 2))
     counts = (*[None] * (N // 2), shape((), "int32"))
     w, lse = shape((S, D), "float32"), shape((S, TOKENS), "float32")
-    stats = ((shape((TOKENS // 8, N, 128), "float32"), shape((N, TOKENS), "float32")),)
+    stats = ((shape((TOKENS // 8, N, 8 * -(-S // 8) * 8), "float32"), shape((N, TOKENS), "float32")),)
 
     def forward(w, sources, counts):
         return gpu.forward(w, sources, counts, eps=1e-6)

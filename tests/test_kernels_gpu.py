@@ -233,6 +233,31 @@ def test_triton_mix(S, lengths, counts, tokens, D, _, given, dtype, triton):
     check_mix(triton("depth_mix"), S, lengths, counts, tokens, D, dtype, given, jit=lambda f: f)
 
 
+def check_one_source_has_no_query_gradient(backend, **options):
+    draw = np.random.default_rng(2).standard_normal
+    w, v, d = (
+        jnp.asarray(draw((2, 64)), F32),
+        jnp.asarray(draw((1, 3, 64)), BF16),
+        jnp.asarray(draw((2, 3, 64)), BF16),
+    )
+    out = backend.forward(w, (v,), (None,), eps=EPS, **options)
+    dw, (dv,) = backend.backward(
+        w, (v,), (None,), out.lse, out.stats, d, jnp.zeros((2, 3)), None, eps=EPS, **options
+    )
+    np.testing.assert_array_equal(out.mixture, jnp.stack([v[0], v[0]]))
+    np.testing.assert_array_equal(dw, jnp.zeros_like(w))
+    close(dv[0], np.asarray(d, np.float64).sum(0), BF16)
+
+
+@pytest.mark.slow
+def test_mosaic_one_source_has_no_query_gradient():
+    check_one_source_has_no_query_gradient(mix_gpu, interpret=plgpu.InterpretGPUParams())
+
+
+def test_triton_one_source_has_no_query_gradient(triton):
+    check_one_source_has_no_query_gradient(triton("depth_mix"))
+
+
 @pytest.mark.slow
 def test_triton_mix_many_rows(triton):
     check_mix(triton("depth_mix"), 32, [1, 129], [None, 100], 2, 72, BF16, True, jit=lambda f: f)

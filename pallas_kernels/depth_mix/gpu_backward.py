@@ -153,7 +153,7 @@ class _Tile(NamedTuple):
 
 
 def _tile(shape, given):
-    """The widest and deepest tile that fits shared memory."""
+    """The widest and deepest tile that fits shared memory; the last fits whatever gpu.py lets through."""
     entries, rows = shape.padded * TOKENS, up(shape.R * TOKENS, 64)
     for chunk, depth in ((128, 2), (64, 2), (64, 1)):
         ring = depth * (chunk * (rows * (1 + given) + entries) + rows * 64 + 2 * shape.R * entries)

@@ -48,11 +48,11 @@ def halves(a, rows):
     return jnp.concatenate([high, (a - high.astype(F32)).astype(BF16)])
 
 
-def tiled(*shape, inner, dtype=BF16):
+def tiled(*shape, inner):
     """Shared memory as WGMMA reads it; both operands need the swizzle of the length they contract."""
     swizzle = plgpu.find_swizzle(inner * 16)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(BF16).itemsize))
+    return plgpu.SMEM(shape, BF16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def up(a, b):
