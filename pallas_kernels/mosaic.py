@@ -13,7 +13,8 @@ PROGRAMS = 264  # two for each of a Hopper's 132 processors
 def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret):
     """Call `body(refs)`; inputs, outputs and scratch are dicts, and their refs are attributes of `refs`.
 
-    An input that is a `jax.Ref` is written in place. `grid` is a dict of axis names and sizes;
+    An input that is a `jax.Ref` is written in place; JAX takes those inside `jax.shard_map` with
+    `check_vma=False` only. `grid` is a dict of axis names and sizes;
     `groups` warpgroups of 128 threads run the body, told apart by the axis "group".
     """
     names = [*inputs, *outputs, *scratch]

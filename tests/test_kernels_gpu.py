@@ -35,14 +35,14 @@ def bf16(shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def close(got, want, dtype=F32):
+def close(got, want, dtype=F32, roundings=1):
     """As near to fp64 as the exact result rounded once, plus what fp32 sums cost, in relative norm."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
     once = np.linalg.norm(np.asarray(want, dtype).astype(np.float64) - want)
     sums = (3e-6 if dtype == BF16 else 2e-5) * np.linalg.norm(want)
-    assert np.linalg.norm(got - want) <= 1.001 * once + sums
+    assert np.linalg.norm(got - want) <= 1.001 * roundings * once + sums
 
 
 def merge_oracle(w, scale, mixtures, lse, stream, j, first, y):
@@ -172,7 +172,7 @@ def seen(arrays, counts):
     return jnp.concatenate([wide(v)[:n] for v, n in zip(arrays, counts, strict=True)])
 
 
-def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, **options):
+def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, roundings=1, **options):
     """Values and gradients of S queries; counts are traced, hidden rows are NaN."""
     draw = np.random.default_rng(1).standard_normal
     w = jnp.asarray(draw((S, D)) * 0.1, jnp.float32)
@@ -198,7 +198,7 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
     close(out.mixture, mixture, dtype)
     close(out.lse, lse)
     close(dw, want_dw)
-    close(got, want, dtype)
+    close(got, want, dtype, roundings)
     for d, before, n in zip(d_sources, so_far, counts, strict=True):
         if n is not None:
             np.testing.assert_array_equal(d[n:], before[n:] if given else jnp.zeros_like(d[n:]))
@@ -217,7 +217,8 @@ MIX = [  # S, rows of each array, visible of them, tokens, D, given
 @pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "D", "given"), MIX)
 def test_mosaic_mix(S, lengths, counts, tokens, D, given, monkeypatch):
     monkeypatch.setattr(gpu_backward, "PROGRAMS", 1)  # so that a program walks over several blocks
-    check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, interpret=RACES)
+    roundings = -(-S // mix_gpu.QUERIES)  # of d_sources, once for each 16 queries
+    check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, roundings=roundings, interpret=RACES)
 
 
 TRITON_WIDTHS = [  # D, dtype

@@ -23,7 +23,7 @@ stats, one for each 16 queries: logits [tokens / 8, R, 8 queries] (entry query *
 row), rstd [R, tokens].
 
 Limits: sources bf16, D a multiple of 64, R at most 16 in all. More than 16 queries run 16 at a time: the
-sources are read once for each 16, and the mixtures are put together by a copy.
+sources are read, and d_sources rounded, once for each 16, and the mixtures are put together by a copy.
 """
 
 from typing import Any, NamedTuple
