@@ -1,0 +1,192 @@
+"""Phase 2 in Pallas Mosaic GPU (Hopper and newer): one read of a block in one kernel, and its backward.
+
+A program is a few warpgroups that share one row of D at a time (each D / groups columns, sums exchanged
+through shared memory) and walks over the rows in strides of the grid, behind a ring of TMA copies: any
+number of tokens, no masks, no atomics. dw and dscale are summed in registers over a program's rows, leave
+as [programs, D], and are added up outside.
+
+When `first` is set, the running sum (and `y`, and `d_stream`) moves no bytes: its ring holds zeros and the
+gate is closed. In-place operands are `jax.Ref`s.
+
+stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
+
+Limits: D a multiple of 256 (a TMA copy takes 256 elements along an axis) whose 256-column chunks split
+evenly into at most 8 warpgroups of at most 14; one row of every operand fits the 223 KiB of shared memory;
+all wide operands bf16, or all fp32.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.depth_merge.gpu_row import CHUNK, F32, Row, Tile
+from pallas_kernels.mosaic import PROGRAMS, SHARED_BYTES, run, shaped
+
+MAX_GROUPS, GOOD_CHUNKS, MAX_CHUNKS = 8, 9, 14  # chunks per warpgroup: for occupancy, and before spills
+
+
+class Forward(NamedTuple):
+    """The sublayer's input, the mixture on request, the running sum, and what backward needs."""
+
+    x: Any
+    mixture: Any
+    stream: Any
+    stats: Any
+
+
+def tile_of(stream, inputs, outputs):
+    """The tile for so many wide inputs and outputs; raises where there is none."""
+    tokens, D = stream.shape
+    if D % CHUNK:
+        raise ValueError(f"stream: D = {D} is not a multiple of {CHUNK}, the longest TMA copy; use triton")
+    splits = [g for g in range(1, MAX_GROUPS + 1) if D // CHUNK % g == 0]
+    groups = next((g for g in splits if D // CHUNK // g <= GOOD_CHUNKS), splits[-1])
+    if D // CHUNK // groups > MAX_CHUNKS:
+        raise ValueError(
+            f"stream: D = {D} does not split into at most {MAX_GROUPS} warpgroups of at most "
+            f"{MAX_CHUNKS * CHUNK} columns; use triton"
+        )
+    depth, staged = _slots(D, jnp.dtype(stream.dtype).itemsize, inputs, outputs)
+    return Tile(tokens, D, groups, depth, staged, PROGRAMS)
+
+
+def _slots(D, itemsize, inputs, outputs):
+    """Deep enough to hide the memory, and two programs per processor rather than one."""
+    choices = [(3, 2), (2, 2), (2, 1), (1, 1)]
+    for limit, allowed in ((SHARED_BYTES // 2, choices[:3]), (SHARED_BYTES, choices)):
+        for depth, staged in allowed:
+            if D * ((depth * inputs + staged * outputs) * itemsize + 8) + 1024 <= limit:
+                return depth, staged
+    raise ValueError(
+        f"stream: a row of D = {D} in {inputs} inputs and {outputs} outputs of {itemsize} bytes "
+        f"exceeds {SHARED_BYTES} bytes of shared memory; use triton"
+    )
+
+
+def _check(stream, **wide):
+    if stream.dtype not in (jnp.bfloat16, F32):
+        raise ValueError(f"stream: dtype {stream.dtype} is neither bfloat16 nor float32")
+    for name, array in wide.items():
+        if array is not None and array.dtype != stream.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {stream.dtype}")
+
+
+def forward(
+    w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture, interpret=None
+):
+    """Read row j merged with the running sum; see the contract in the README of this folder."""
+    _check(stream, mixtures=mixtures, y=y)
+    keep, add = keep_mixture and scale is not None, y is not None
+    tile = tile_of(stream, 2 + add, 1 + keep + add)
+    dtype, row = stream.dtype, (tile.tokens, tile.D // CHUNK, CHUNK)
+    running = jax.new_ref(_fold(stream)) if add else _fold(stream)
+    inputs = {
+        "control": _control(j, first),
+        "lse": lse,
+        "w": _fold(w),
+        "mixtures": _fold(mixtures),
+        "stream": running,
+    }
+    inputs |= {"scale": _fold(scale)} if scale is not None else {}
+    inputs |= {"y": _fold(y)} if add else {}
+    outputs = {"x": shaped(row, dtype), "stats": shaped((4, tile.tokens))}
+    outputs |= {"mixture": shaped(row, dtype)} if keep else {}
+    scratch = {"o_ring": tile.ring(tile.depth, dtype), "p_ring": tile.ring(tile.depth, dtype)}
+    scratch |= {"y_ring": tile.ring(tile.depth, dtype)} if add else {}
+    scratch |= {"x_out": tile.ring(tile.staged, dtype)}
+    scratch |= {"h_out": tile.ring(tile.staged, dtype)} if keep else {}
+    scratch |= {"p_out": tile.ring(tile.staged, dtype)} if add else {}
+    scratch |= _shared(tile, scale is not None, o_arrivals=1, p_arrivals=1 + add)
+    out = run(
+        lambda r: Row(r, tile).forward(eps, norm_eps),
+        inputs,
+        outputs,
+        scratch,
+        grid={"program": tile.programs},
+        groups=tile.groups,
+        name="depth_merge_forward",
+        interpret=interpret,
+    )
+    x = out.x.reshape(stream.shape)
+    mixture = out.mixture.reshape(stream.shape) if keep else x
+    new = running[...].reshape(stream.shape) if add else stream
+    return Forward(x, mixture if keep_mixture else None, new, out.stats)
+
+
+def backward(
+    w,
+    scale,
+    mixtures,
+    lse,
+    stream,
+    j,
+    first,
+    stats,
+    d_x,
+    d_mixture,
+    d_stream,
+    d_mixtures,
+    d_lse,
+    *,
+    eps,
+    norm_eps,
+    interpret=None,
+):
+    """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last three written in place."""
+    del lse, eps, norm_eps  # all that they say is in stats
+    _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_stream=d_stream, d_mixtures=d_mixtures)
+    norm, keep = scale is not None, d_mixture is not None
+    tile = tile_of(stream, 4 + keep, 2)
+    sums = shaped((tile.programs, tile.D // CHUNK, CHUNK))
+    running, row_j, lse_j = jax.new_ref(_fold(d_stream)), jax.new_ref(_fold(d_mixtures)), jax.new_ref(d_lse)
+    inputs = {"control": _control(j, first), "stats": stats, "w": _fold(w), "mixtures": _fold(mixtures)}
+    inputs |= {
+        "stream": _fold(stream),
+        "d_x": _fold(d_x),
+        "d_stream": running,
+        "d_mixtures": row_j,
+        "d_lse": lse_j,
+    }
+    inputs |= {"scale": _fold(scale)} if norm else {}
+    inputs |= {"d_mixture": _fold(d_mixture)} if keep else {}
+    rings = ["o_ring", "p_ring", "dx_ring", "dp_ring"] + ["dh_ring"] * keep
+    scratch = {ring: tile.ring(tile.depth, stream.dtype) for ring in rings}
+    scratch |= {staging: tile.ring(tile.staged, stream.dtype) for staging in ("do_out", "dp_out")}
+    scratch |= _shared(tile, norm, o_arrivals=2 + keep, p_arrivals=2)
+    out = run(
+        lambda r: Row(r, tile).backward(),
+        inputs,
+        {"dw": sums} | ({"dscale": sums} if norm else {}),
+        scratch,
+        grid={"program": tile.programs},
+        groups=tile.groups,
+        name="depth_merge_backward",
+        interpret=interpret,
+    )
+    dw = jnp.sum(out.dw, 0).reshape(-1)
+    dscale = jnp.sum(out.dscale, 0).reshape(-1) if norm else None
+    return dw, dscale, running[...].reshape(stream.shape), row_j[...].reshape(mixtures.shape), lse_j[...]
+
+
+def _fold(a):
+    return a.reshape(*a.shape[:-1], -1, CHUNK)
+
+
+def _control(j, first):
+    return jnp.stack([jnp.asarray(j, jnp.int32), jnp.asarray(first, jnp.int32)])
+
+
+def _shared(tile, norm, o_arrivals, p_arrivals):
+    """The parameters in fp32, the exchange of row sums, and the barriers."""
+    parameter = plgpu.SMEM((tile.D // CHUNK, CHUNK), F32)
+    return dict(
+        w_row=parameter,
+        **({"scale_row": parameter} if norm else {}),
+        exchange=plgpu.SMEM((2, tile.groups, 4), F32),
+        o_full=tile.barriers(o_arrivals),
+        p_full=tile.barriers(p_arrivals),
+        parameters_full=plgpu.Barrier(num_arrivals=1 + norm, num_barriers=tile.groups),
+        exchanged=plgpu.Barrier(num_arrivals=tile.groups),
+    )

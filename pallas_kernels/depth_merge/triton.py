@@ -1,0 +1,101 @@
+"""Phase 2 in Triton through jax-triton (Ampere and newer): one read of a block, and its backward.
+
+Any D up to 16384 (masked to the power of two above it; the backward spills above 4096), any number of
+tokens; bf16 or fp32. In-place operands are aliased. dw and dscale leave as [programs, D] and are added up
+outside: no atomics.
+stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
+
+jax-triton 0.4 does not lower under JAX 0.12 and newer, where a call raises. Imports are made by the call.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.triton import call
+
+MAX_D = 16384
+PROGRAMS = 264  # two for each of a Hopper's 132 processors
+F32 = jnp.float32
+
+
+class Forward(NamedTuple):
+    """The sublayer's input, the mixture on request, the running sum, and what backward needs."""
+
+    x: Any
+    mixture: Any
+    stream: Any
+    stats: Any
+
+
+def _check(stream, **wide):
+    if stream.dtype not in (jnp.bfloat16, F32):
+        raise ValueError(f"stream: dtype {stream.dtype} is neither bfloat16 nor float32")
+    if stream.shape[1] > MAX_D:
+        raise ValueError(f"stream: D = {stream.shape[1]} exceeds {MAX_D}, a row in one program's registers")
+    for name, array in wide.items():
+        if array is not None and array.dtype != stream.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {stream.dtype}")
+
+
+def _control(j, first):
+    return jnp.stack([jnp.asarray(j, jnp.int32), jnp.asarray(first, jnp.int32)])
+
+
+def _row(D):
+    """The padded width, and warps enough to hold a row in registers."""
+    width = 1 << (D - 1).bit_length()
+    return width, min(16, max(4, width // 1024))
+
+
+def forward(w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture):
+    """Read row j merged with the running sum; see the contract in the README of this folder."""
+    _check(stream, mixtures=mixtures, y=y)
+    tokens, D = stream.shape
+    norm, add = scale is not None, y is not None
+    keep = keep_mixture and norm
+    width, warps = _row(D)
+    wide, none = jax.ShapeDtypeStruct(stream.shape, stream.dtype), jax.ShapeDtypeStruct((8,), stream.dtype)
+    operands = [w, scale if norm else w, mixtures, lse, stream, y if add else stream, _control(j, first)]
+    x, mixture, stats, *new = call(
+        "depth_merge",
+        "forward",
+        [*operands, tokens, eps, norm_eps],
+        [wide, wide if keep else none, jax.ShapeDtypeStruct((4, tokens), F32), *[wide] * add],
+        grid=(tokens,),
+        warps=warps,
+        aliases={4: 3} if add else {},
+        constants={"D": D, "BD": width, "NORM": norm, "KEEP": keep, "ADD": add},
+    )
+    mixture = (mixture if keep else x) if keep_mixture else None
+    return Forward(x, mixture, new[0] if add else stream, stats)
+
+
+def backward(
+    w, scale, mixtures, lse, stream, j, first, stats, d_x, d_mixture, d_stream, d_mixtures, d_lse,
+    *, eps, norm_eps,
+):  # fmt: skip
+    """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last three written in place."""
+    del lse, eps, norm_eps  # all that they say is in stats
+    _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_mixtures=d_mixtures, d_stream=d_stream)
+    tokens, D = stream.shape
+    norm, keep = scale is not None, d_mixture is not None
+    width, warps = _row(D)
+    # As many slots as fit an A100's shared memory.
+    stages = max(1, min(3, 4 - width * stream.dtype.itemsize // 8192))
+    programs = min(PROGRAMS, tokens)
+    sums, none = jax.ShapeDtypeStruct((programs, D), F32), jax.ShapeDtypeStruct((8,), F32)
+    operands = [w, scale if norm else w, mixtures, stream, stats, d_x, d_mixture if keep else d_x]
+    in_place = [d_stream, d_mixtures, d_lse]
+    d_stream, d_mixtures, d_lse, dw, dscale = call(
+        "depth_merge",
+        "backward",
+        [*operands, *in_place, _control(j, first), tokens],
+        [*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in in_place), sums, sums if norm else none],
+        grid=(programs,),
+        warps=min(16, 2 * warps),
+        aliases={7: 0, 8: 1, 9: 2},
+        constants={"D": D, "BD": width, "NORM": norm, "KEEP": keep, "STAGES": stages},
+    )
+    return jnp.sum(dw, 0), jnp.sum(dscale, 0) if norm else None, d_stream, d_mixtures, d_lse

@@ -1,0 +1,91 @@
+"""Phase 2 in Triton: one row of D per step, in registers. See triton.py, which imports this only when called.
+
+jax-triton passes inputs (scalars too), then outputs, then constants; an output in the place of an input has
+no argument of its own. BD is the power of two >= D.
+`control` holds (j, first): when first, no load or store of the running sum touches memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def forward(
+    w, g, mixtures, lse, stream, y, control, T, eps, norm_eps,
+    x_out, h_out, stats,
+    D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One row: x, the mixture if KEEP, the new sum in place if ADD, and four statistics."""
+    t, c = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
+    m, k = c < D, t * D + c
+    seen = c < tl.where(summed, D, 0)
+    o = tl.load(mixtures + (j * T + t) * D + c, mask=m, other=0.0).to(tl.float32)
+    p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
+    if ADD:
+        new = (p + tl.load(y + k, mask=seen, other=0.0).to(tl.float32)).to(stream.dtype.element_ty)
+        tl.store(stream + k, new, mask=seen)
+        p = new.to(tl.float32)
+    r_p = tl.rsqrt(tl.sum(p * p) / D + eps)
+    score = tl.sum(p * tl.load(w + c, mask=m, other=0.0)) * r_p
+    gate = tl.where(summed, 1.0 / (1.0 + tl.exp(tl.load(lse + j * T + t) - score)), 0.0)
+    h = o + gate * (p - o)
+    r_h = 1.0
+    x = h
+    if NORM:
+        r_h = tl.rsqrt(tl.sum(h * h) / D + norm_eps)
+        x = h * r_h * tl.load(g + c, mask=m, other=0.0)
+    tl.store(x_out + k, x.to(x_out.dtype.element_ty), mask=m)
+    if KEEP:
+        tl.store(h_out + k, h.to(h_out.dtype.element_ty), mask=m)
+    tl.store(stats + t, score)
+    tl.store(stats + T + t, r_p)
+    tl.store(stats + 2 * T + t, gate)
+    tl.store(stats + 3 * T + t, r_h)
+
+
+@triton.jit
+def backward(
+    w, g, mixtures, stream, stats, d_x, d_h, d_stream, d_mixtures, d_lse, control, T,
+    dw, dg,
+    D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows in strides of the grid; dw and dg leave as one [D] partial per program.
+
+    d_stream is added to in place; d_mixtures and d_lse are only written.
+    """
+    start, c = tl.program_id(0), tl.arange(0, BD)
+    j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
+    m = c < D
+    seen = c < tl.where(summed, D, 0)
+    dw_sum = tl.zeros([BD], tl.float32)
+    dg_sum = tl.zeros([BD], tl.float32)
+    for i in tl.range(start, T, tl.num_programs(0), num_stages=STAGES):  # an asynchronous ring of rows
+        t = tl.full([], 0, tl.int64) + i
+        k, row_j = t * D + c, (j * T + t) * D + c
+        p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
+        o = tl.load(mixtures + row_j, mask=m, other=0.0).to(tl.float32)
+        d = tl.load(d_x + k, mask=m, other=0.0).to(tl.float32)
+        later = tl.load(d_stream + k, mask=seen, other=0.0).to(tl.float32)
+        score, r_p = tl.load(stats + t), tl.load(stats + T + t)
+        gate, r_h = tl.load(stats + 2 * T + t), tl.load(stats + 3 * T + t)
+        u = p - o
+        d_mix = d
+        if NORM:
+            h = (o + gate * u) * r_h
+            q = d * tl.load(g + c, mask=m, other=0.0)
+            d_mix = (q - h * (tl.sum(h * q) / D)) * r_h
+            dg_sum += h * d
+        if KEEP:
+            d_mix += tl.load(d_h + k, mask=m, other=0.0).to(tl.float32)
+        d_score = gate * (1.0 - gate) * tl.sum(d_mix * u)
+        along = d_score * r_p
+        wv = tl.load(w + c, mask=m, other=0.0)  # out of the cache: registers are scarcer
+        own = gate * d_mix + along * wv - (along * score * r_p / D) * p
+        tl.store(d_stream + k, (later + own).to(d_stream.dtype.element_ty), mask=seen)
+        tl.store(d_mixtures + row_j, ((1.0 - gate) * d_mix).to(d_mixtures.dtype.element_ty), mask=m)
+        tl.store(d_lse + j * T + t, -d_score)
+        dw_sum += along * p
+    tl.store(dw + start * D + c, dw_sum, mask=m)
+    if NORM:
+        tl.store(dg + start * D + c, dg_sum, mask=m)

@@ -1,0 +1,168 @@
+"""Phase 1 in Pallas Mosaic GPU (Hopper: WGMMA): S queries at once over R sources, and its backward.
+
+Four kernels, all of them streams over D in chunks, so that no whole row must fit shared memory:
+
+    score     logits and reciprocal rms of every visible row     reads the sources
+    mix       softmax over the rows and the mixtures             reads the sources, writes S mixtures
+    dscore    cotangents of the logits                           reads the sources and S cotangents
+    apply     cotangents of the sources, and dw                  reads both again, and d_sources
+
+Bytes per token, in rows of D, for n visible rows: forward 2n + S (the bound is n + S), backward 4n + 2S
+(bound 3n + S). What is read twice is the price of scoring whole rows without holding them: eight tokens of
+eight sources at D = 2304 are 295 KB. Logits, weights and their cotangents are fp32 and small.
+
+Eight tokens make one matrix product: a block-diagonal matrix of weights, rows (query, token) and columns
+(row, token), times the rows. Weights, queries and the cotangents of logits enter as two bf16 halves (2^-16),
+so nothing but the result is rounded. dw is summed in registers over a program's tokens, leaves as one
+[2 * 16, D] partial per program, and is added up outside: fixed order, no atomics.
+
+A row beyond its array's count moves no bytes: its barrier gets an arrival instead of a copy, its slot in
+shared memory holds zeros. Boxes of eight tokens are zero-filled and clipped at the end of the array.
+
+stats, one for each 16 queries: logits [tokens / 8, R, 8 queries] (entry query * 8 + token; -inf for a hidden
+row), rstd [R, tokens].
+
+Limits: sources bf16, D a multiple of 64, R at most 16 in all. More than 16 queries run 16 at a time: the
+sources are read, and d_sources rounded, once for each 16, and the mixtures are put together by a copy.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.depth_mix.gpu_backward import apply, dscore
+from pallas_kernels.depth_mix.gpu_forward import mix, score
+from pallas_kernels.depth_mix.gpu_tiles import BF16, F32, TOKENS, Shape, halves
+
+QUERIES = 16  # at once
+ROWS = 16
+
+
+class Forward(NamedTuple):
+    """The mixtures, the log of the sum of exponentials, and what backward needs."""
+
+    mixture: Any
+    lse: Any
+    stats: Any
+
+
+def _shape(w, sources):
+    _, tokens, D = sources[0].shape
+    R = sum(len(v) for v in sources)
+    for k, v in enumerate(sources):
+        if v.dtype != BF16:
+            raise ValueError(f"sources[{k}]: dtype {v.dtype}; Mosaic GPU mixes bfloat16 only, use triton")
+        if v.shape[1:] != (tokens, D):
+            raise ValueError(f"sources[{k}]: shape {v.shape} does not end in {(tokens, D)}")
+    if D % 64:
+        raise ValueError(f"sources: D = {D} is not a multiple of 64, a WGMMA tile; use triton")
+    if not 1 <= R <= ROWS:
+        raise ValueError(f"sources: R = {R} rows, not from 1 to {ROWS}; use triton")
+    return Shape(tokens, D, R, len(w))
+
+
+def forward(w, sources, counts, *, eps, interpret=None):
+    """Mixture and lse of every query; see the contract in the README of this folder."""
+    _shape(w, sources)
+    parts = [_forward(w[s : s + QUERIES], sources, counts, eps, interpret) for s in range(0, len(w), QUERIES)]
+    if len(parts) == 1:
+        return Forward(parts[0].mixture, parts[0].lse, (parts[0].stats,))
+    mixture, lse = (jnp.concatenate([p[i] for p in parts]) for i in range(2))
+    return Forward(mixture, lse, tuple(p.stats for p in parts))
+
+
+def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps, interpret=None):
+    """(dw, d_sources), the latter added to what was given, in place."""
+    del eps  # all that it says is in stats
+    _shape(w, sources)
+    dw = []
+    for i, stat in enumerate(stats):
+        some = slice(i * QUERIES, min((i + 1) * QUERIES, len(w)))
+        part, d_sources = _backward(
+            w[some],
+            sources,
+            counts,
+            lse[some],
+            stat,
+            d_mixture,
+            i * QUERIES,
+            d_lse[some],
+            d_sources,
+            interpret,
+        )
+        dw.append(part)
+    return jnp.concatenate(dw), d_sources
+
+
+def _forward(w, sources, counts, eps, interpret):
+    shape = _shape(w, sources)
+    logits, rstd = score(shape, halves(w, shape.padded), sources, counts, eps, interpret)
+    visible = _visible(sources, counts)[:, None, None]
+    logits = _block_queries(jnp.where(visible, logits, -jnp.inf)[:, : shape.blocks * TOKENS])
+    mixture, lse = mix(shape, logits, sources, counts, interpret)
+    return Forward(mixture, _from_blocks(lse, shape), (logits, rstd[:, : shape.tokens]))
+
+
+def _backward(w, sources, counts, lse, stat, d_mixture, at, d_lse, d_sources, interpret):
+    """The backward of 16 queries, those of `d_mixture` from `at` on."""
+    shape, (logits, rstd) = _shape(w, sources), stat
+    lse, d_lse = _to_blocks(lse, shape), _to_blocks(d_lse, shape)
+    d_logits = dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret)
+    visible = _visible(sources, counts)[None, :, None, None]
+    rstd = jnp.pad(rstd, ((0, 0), (0, shape.blocks * TOKENS - shape.tokens)))
+    rstd = rstd.reshape(shape.R, shape.blocks, 1, TOKENS).swapaxes(0, 1)
+    tile = (shape.blocks, shape.R, shape.padded, TOKENS)
+    c = jnp.where(visible, d_logits.reshape(tile) * rstd, 0)
+    along = jnp.sum(jnp.where(visible, c * logits.reshape(tile) * rstd, 0), 2) / shape.D
+    return apply(
+        shape,
+        w,
+        _columns(c),
+        _pad_rows(along),
+        logits,
+        lse,
+        sources,
+        counts,
+        d_mixture,
+        at,
+        d_sources,
+        interpret,
+    )
+
+
+def _visible(sources, counts):
+    """[R]: which rows are seen."""
+    rows = [jnp.arange(len(v)) < (len(v) if n is None else n) for v, n in zip(sources, counts, strict=True)]
+    return jnp.concatenate(rows)
+
+
+def _block_queries(a):
+    """[R, blocks * 8, queries] to [blocks, R, queries * 8]: a block's (query, token) in one line."""
+    R, _, queries = a.shape
+    return a.reshape(R, -1, TOKENS, queries).transpose(1, 0, 3, 2).reshape(-1, R, queries * TOKENS)
+
+
+def _to_blocks(a, shape):
+    """[S, tokens] to [blocks, queries * 8]."""
+    a = jnp.pad(a, ((0, shape.padded - len(a)), (0, shape.blocks * TOKENS - shape.tokens)))
+    return a.reshape(shape.padded, shape.blocks, TOKENS).swapaxes(0, 1).reshape(shape.blocks, -1)
+
+
+def _from_blocks(a, shape):
+    """The inverse of `_to_blocks`."""
+    a = a.reshape(shape.blocks, shape.padded, TOKENS).swapaxes(0, 1)
+    return a.reshape(shape.padded, -1)[: shape.queries, : shape.tokens]
+
+
+def _columns(c):
+    """[blocks, R, queries, 8] to bf16 [blocks, rows (row, token) in 64s, 64]: its halves high, low, high."""
+    c = c.swapaxes(2, 3).reshape(len(c), -1, c.shape[2])
+    high = c.astype(BF16)
+    columns = jnp.concatenate([high, (c - high.astype(F32)).astype(BF16), high], 2)
+    return jnp.pad(columns, ((0, 0), (0, -c.shape[1] % 64), (0, 64 - columns.shape[2])))
+
+
+def _pad_rows(a):
+    """[blocks, R, 8] to [blocks, rows (row, token) in 64s]."""
+    a = a.reshape(len(a), -1)
+    return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 64)))

@@ -1,0 +1,133 @@
+"""What the kernels of Phase 1 in Mosaic GPU share: sizes, tiles, rows of the sources, matrices of weights."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+TOKENS = 8  # of one matrix product
+WGMMA = plgpu.Layout.WGMMA
+DOWN, ACROSS = WGMMA.reduce(1), WGMMA.reduce(0)  # a vector over the rows or the columns of a matrix
+
+
+class Shape(NamedTuple):
+    """Sizes of one call: R rows, `queries` padded to eights, `blocks` of eight tokens, chunks of D."""
+
+    tokens: int
+    D: int
+    R: int
+    queries: int
+
+    @property
+    def blocks(self):
+        """Blocks of eight tokens."""
+        return -(-self.tokens // TOKENS)
+
+    @property
+    def padded(self):
+        """Queries rounded up to eights: what a warpgroup of 64 rows holds."""
+        return -(-self.queries // 8) * 8
+
+    @property
+    def chunk(self):
+        """Columns of one step."""
+        return 128 if self.D % 128 == 0 else 64
+
+    def depth(self, wanted, chunk):
+        """Slots of the ring."""
+        return min(wanted, self.D // chunk)
+
+
+def halves(a, rows):
+    """[S, D] fp32 as bf16 halves [2 * rows, D] whose sum has 2^-16 of its error."""
+    a = jnp.pad(a, ((0, rows - len(a)), (0, 0)))
+    high = a.astype(BF16)
+    return jnp.concatenate([high, (a - high.astype(F32)).astype(BF16)])
+
+
+def tiled(*shape, inner):
+    """Shared memory as WGMMA reads it; both operands need the swizzle of the length they contract."""
+    swizzle = plgpu.find_swizzle(inner * 16)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(BF16).itemsize))
+    return plgpu.SMEM(shape, BF16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def up(a, b):
+    """`a` rounded up to a multiple of `b`."""
+    return -(-a // b) * b
+
+
+class Sources:
+    """The rows of all arrays inside a kernel, and which of them are visible."""
+
+    def __init__(self, r, sources, counts):
+        arrays = [getattr(r, f"source{k}") for k in range(len(sources))]
+        self.rows = [array.at[i] for array, v in zip(arrays, sources, strict=True) for i in range(len(v))]
+        self.visible = []
+        for k, (v, n) in enumerate(zip(sources, counts, strict=True)):
+            seen = True if n is None else r.counts[k]
+            self.visible += [True if n is None else i < seen for i in range(len(v))]
+
+
+def named(sources, counts):
+    """The kernel's inputs for the sources: the counts, then one array each."""
+    n = [len(v) if n is None else n for v, n in zip(sources, counts, strict=True)]
+    counts = jnp.stack([jnp.asarray(x, jnp.int32) for x in n])
+    return {"counts": counts} | {f"source{k}": v for k, v in enumerate(sources)}
+
+
+def copy_or_arrive(visible, source, target, barrier):
+    """A visible row is copied; one that is not moves no bytes, and its barrier is told so."""
+    if visible is True:
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+        return
+
+    @pl.when(visible)
+    def _():
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+
+    @pl.when(jnp.logical_not(visible))
+    def _():
+        plgpu.barrier_arrive(barrier)
+
+
+def fetch_rows(r, rows, slot, tokens, cols):
+    """Start the copies of all visible rows into a slot."""
+    for i, (row, seen) in enumerate(zip(rows.rows, rows.visible, strict=True)):
+        target = r.rows.at[slot, pl.ds(i * TOKENS, TOKENS)]
+        copy_or_arrive(seen, row.at[tokens, cols], target, r.full.at[slot])
+
+
+def zero(zeros, ring, visible, barrier):
+    """Zeros where no copy will land: rows not visible, and those that fill up the matrix."""
+    for slot in range(ring.shape[0]):
+        for i in range(ring.shape[1] // TOKENS):
+            seen = visible[i] if i < len(visible) else False
+            hidden = True if seen is False else (False if seen is True else jnp.logical_not(seen))
+            if hidden is not False:
+                copy_or_arrive(hidden, zeros, ring.at[slot, pl.ds(i * TOKENS, TOKENS)], barrier)
+
+
+def zero_arrivals(depth, rows, sources, counts):
+    """Arrivals that `zero` makes on its barrier."""
+    fixed = sum(len(v) for v, n in zip(sources, counts, strict=True) if n is None)
+    return depth * (rows // TOKENS - fixed)
+
+
+def diagonal(shape, count, value, axis):
+    """The block-diagonal matrix whose block i holds `value(i)` along `axis`, as two bf16 halves.
+
+    The loop holds one value at a time: all of them at once spill.
+    """
+    row, col = (plgpu.broadcasted_iota(jnp.int32, shape, d, layout=WGMMA) for d in (0, 1))
+    which = jnp.where((row & 7) == (col & 7), (col if axis == 0 else row) >> 3, -1)
+
+    def block(i, matrix):
+        return jnp.where(which == i, lax.broadcast_in_dim(value(i), shape, (axis,)), matrix)
+
+    matrix = lax.fori_loop(0, count, block, plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA))
+    high = matrix.astype(BF16)
+    return high, (matrix - high.astype(F32)).astype(BF16)

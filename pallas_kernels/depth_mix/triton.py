@@ -1,0 +1,137 @@
+"""Phase 1 in Triton through jax-triton (Ampere and newer): S queries over R sources, and its backward.
+
+Any D (chunks are masked), any number of tokens, R up to 256 rows in at most ten arrays, S up to 64; bf16 or
+fp32. Three kernels, in rows of D per token for n visible rows:
+
+    forward   two sweeps over a few tokens; the second reads the sources from the cache    n + S
+    dscore    cotangents of the logits                                                     n + S
+    apply     cotangents of the sources, and dw as a partial for each program              3n + S
+
+The bound of the backward is 3n + S: reading sources and cotangents twice is the price of scoring whole rows
+without holding them. A row that is not visible is masked everywhere: it moves no bytes. No atomics.
+
+stats: logits [tokens, R, S] (-inf for a hidden row) and rstd [tokens, R], fp32.
+
+jax-triton 0.4 does not lower under JAX 0.12 and newer, where a call raises. Imports are made by the call.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.triton import call
+
+ARRAYS, ROWS, QUERIES = 10, 256, 64  # at most
+PROGRAMS = 264  # two for each of a Hopper's 132 processors
+F32 = jnp.float32
+
+
+class Forward(NamedTuple):
+    """The mixtures, the log of the sum of exponentials, and what backward needs."""
+
+    mixture: Any
+    lse: Any
+    stats: Any
+
+
+def _constants(w, sources):
+    """Sizes and tile of a call; raises where the kernels do not take it."""
+    _, tokens, D = sources[0].shape
+    R, S, dtype = sum(len(v) for v in sources), len(w), sources[0].dtype
+    if dtype not in (jnp.bfloat16, F32):
+        raise ValueError(f"sources[0]: dtype {dtype} is neither bfloat16 nor float32")
+    for k, v in enumerate(sources):
+        if v.shape[1:] != (tokens, D) or v.dtype != dtype:
+            raise ValueError(
+                f"sources[{k}]: {v.dtype} {v.shape} differs from sources[0], {dtype} [.., {tokens}, {D}]"
+            )
+    if len(sources) > ARRAYS:
+        raise ValueError(f"sources: {len(sources)} arrays, more than {ARRAYS}; give them as one buffer")
+    if not 1 <= R <= ROWS:
+        raise ValueError(f"sources: R = {R} rows, not from 1 to {ROWS}")
+    if S > QUERIES:
+        raise ValueError(f"w: S = {S} queries, more than {QUERIES}")
+    rows, queries = (max(16, 1 << (n - 1).bit_length()) for n in (R, S))
+    tile = {"NR": rows, "SP": queries, "TOK": max(1, 32 // rows), "BK": 64 if rows > 64 else 128}
+    lengths = [len(v) for v in sources] + [0] * (ARRAYS - len(sources))
+    return {
+        "R": R,
+        "S": S,
+        "D": D,
+        "BYTES": dtype.itemsize,
+        **tile,
+        **{f"N{k}": n for k, n in enumerate(lengths)},
+    }
+
+
+def _seen(sources, counts, rows):
+    """[rows] int32: one for a visible row."""
+    limits = [len(v) if n is None else n for v, n in zip(sources, counts, strict=True)]
+    seen = jnp.concatenate([jnp.arange(len(v)) < n for v, n in zip(sources, limits, strict=True)])
+    return jnp.pad(seen.astype(jnp.int32), (0, rows - len(seen)))
+
+
+def _missing(arrays):
+    """The kernels take ten pointers; stand-ins, never read or written, for those that are not there."""
+    return [arrays[0]] * (ARRAYS - len(arrays))
+
+
+def _ten(arrays):
+    return [*arrays, *_missing(arrays)]
+
+
+def forward(w, sources, counts, *, eps):
+    """Mixture and lse of every query; see the contract in the README of this folder."""
+    sizes = _constants(w, sources)
+    _, tokens, D = sources[0].shape
+    R, S = sizes["R"], sizes["S"]
+    shapes = [(S, tokens), (tokens, R, S), (tokens, R)]
+    mixture, lse, logits, rstd = call(
+        "depth_mix",
+        "forward",
+        [*_ten(sources), w, _seen(sources, counts, sizes["NR"]), tokens, eps],
+        [
+            jax.ShapeDtypeStruct((S, tokens, D), sources[0].dtype),
+            *(jax.ShapeDtypeStruct(s, F32) for s in shapes),
+        ],
+        grid=(-(-tokens // sizes["TOK"]),),
+        warps=4,
+        constants=sizes,
+    )
+    return Forward(mixture, lse, (logits, rstd))
+
+
+def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps):
+    """(dw, d_sources), the latter added to what was given, in place."""
+    del eps  # all that it says is in stats
+    sizes, tokens, (logits, rstd) = _constants(w, sources), sources[0].shape[1], stats
+    seen, blocks = _seen(sources, counts, sizes["NR"]), -(-tokens // sizes["TOK"])
+    (cs,) = call(
+        "depth_mix",
+        "dscore",
+        [*_ten(sources), d_mixture, d_lse, lse, logits, rstd, seen, tokens],
+        [jax.ShapeDtypeStruct(logits.shape, F32)],
+        grid=(blocks,),
+        warps=4,
+        constants=sizes,
+    )
+    chunk = 64
+    chunks = -(-sizes["D"] // chunk)
+    programs = min(blocks, max(1, 4 * PROGRAMS // chunks))
+    given = d_sources is not None
+    outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in sources]
+    in_place = [*d_sources, *[jnp.zeros(8, v.dtype) for v in _missing(sources)]] if given else []
+    unused = [] if given else [jax.ShapeDtypeStruct((8,), v.dtype) for v in _missing(sources)]
+    operands = [*_ten(sources), d_mixture, lse, logits, rstd, cs, w, seen, tokens]
+    results = call(
+        "depth_mix",
+        "apply",
+        [*operands, *in_place],
+        [*outs, *unused, jax.ShapeDtypeStruct((programs, len(w), sizes["D"]), F32)],
+        grid=(programs, chunks),
+        warps=8,
+        aliases={len(operands) + k: k for k in range(len(sources))} if given else {},
+        constants={**sizes, "BK": chunk, "GIVEN": given},
+    )
+    return jnp.sum(results[-1], 0), tuple(results[: len(sources)])

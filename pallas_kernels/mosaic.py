@@ -1,0 +1,41 @@
+"""What the Mosaic GPU kernels of both ops share: how a kernel is called, and the limits of the hardware."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SHARED_BYTES = 223 * 1024  # of a Hopper's 227 KiB per program; the rest is for barriers and the compiler
+PROGRAMS = 264  # two for each of a Hopper's 132 processors
+
+
+def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret):
+    """Call `body(refs)`; inputs, outputs and scratch are dicts, and their refs are attributes of `refs`.
+
+    An input that is a `jax.Ref` is written in place; JAX takes those inside `jax.shard_map` with
+    `check_vma=False` only. `grid` is a dict of axis names and sizes;
+    `groups` warpgroups of 128 threads run the body, told apart by the axis "group".
+    """
+    names = [*inputs, *outputs, *scratch]
+
+    def kernel(*refs):
+        body(SimpleNamespace(**dict(zip(names, refs, strict=True))))
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=groups,
+        thread_name="group",
+        kernel_name=name,
+        interpret=interpret,
+    )
+    return SimpleNamespace(**dict(zip(outputs, call(*inputs.values()), strict=True)))
+
+
+def shaped(shape, dtype=jnp.float32):
+    """An output of a kernel."""
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,343 @@
+"""The GPU kernels in interpreters on the CPU against the equations in fp64: values and every gradient.
+
+Mosaic GPU runs in the interpreter that looks for races, Triton in its own.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import h200
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton_interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.depth_merge import gpu as merge_gpu
+from pallas_kernels.depth_mix import gpu as mix_gpu
+from pallas_kernels.depth_mix import gpu_backward
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+EPS, NORM_EPS = 1e-6, 1e-5
+
+
+def wide(a):
+    return None if a is None else jnp.asarray(a, jnp.float64)
+
+
+def bf16(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def close(got, want, dtype=F32, roundings=1):
+    """As near to fp64 as the exact result rounded once, plus what fp32 sums cost, in relative norm."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    once = np.linalg.norm(np.asarray(want, dtype).astype(np.float64) - want)
+    sums = (3e-6 if dtype == BF16 else 2e-5) * np.linalg.norm(want)
+    assert np.linalg.norm(got - want) <= 1.001 * roundings * once + sums
+
+
+def merge_oracle(w, scale, mixtures, lse, stream, j, first, y):
+    """x and h, and the new sum, of one read, in fp64 except that the sum is rounded as it is stored."""
+    o, p = mixtures[j], stream
+    if y is not None and not first:
+        p = p + y
+        p = p + jax.lax.stop_gradient(p.astype(ROUND[0]).astype(jnp.float64) - p)
+    score = jnp.sum(w * p, -1) / jnp.sqrt(jnp.mean(p * p, -1) + EPS)
+    gate = 0.0 if first else jax.nn.sigmoid(score - lse[j])[:, None]
+    h = o + gate * (p - o)
+    x = h if scale is None else h / jnp.sqrt(jnp.mean(h * h, -1, keepdims=True) + NORM_EPS) * scale
+    return (x, h), p
+
+
+ROUND = [jnp.bfloat16]
+
+
+def merge_inputs(tokens, D, S, dtype, *, norm=True, y=False, seed=0):
+    draw = np.random.default_rng(seed).standard_normal
+    a = SimpleNamespace()
+    a.w, a.scale = jnp.asarray(draw(D) * 0.1, jnp.float32), jnp.asarray(1 + 0.1 * draw(D), jnp.float32)
+    a.mixtures, a.lse = jnp.asarray(draw((S, tokens, D)), dtype), jnp.asarray(draw((S, tokens)), jnp.float32)
+    a.stream, a.y = jnp.asarray(draw((tokens, D)), dtype), jnp.asarray(draw((tokens, D)), dtype)
+    a.scale, a.y = (a.scale if norm else None), (a.y if y else None)
+    a.d_x, a.d_mixture, a.d_stream = (jnp.asarray(draw((tokens, D)), dtype) for _ in range(3))
+    a.d_mixtures, a.d_lse = (
+        jnp.asarray(draw((S, tokens, D)), dtype),
+        jnp.asarray(draw((S, tokens)), jnp.float32),
+    )
+    return a
+
+
+def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
+    """Values and gradients of one read; j and first are traced."""
+    dtype = a.stream.dtype.type
+    ROUND[0] = dtype
+    options |= {"eps": EPS, "norm_eps": NORM_EPS}
+
+    @jit
+    def both(j, first):
+        out = backend.forward(
+            a.w, a.scale, a.mixtures, a.lse, a.stream, j, first, a.y, keep_mixture=keep, **options
+        )
+        d_mixture = a.d_mixture if keep else None
+        return out, backend.backward(
+            a.w, a.scale, a.mixtures, a.lse, out.stream, j, first, out.stats, a.d_x, d_mixture,
+            a.d_stream, a.d_mixtures, a.d_lse, **options,
+        )  # fmt: skip
+
+    out, (dw, dscale, d_stream, d_mixtures, d_lse) = both(jnp.int32(j), jnp.bool(first))
+    assert (out.mixture is None) != keep
+    with jax.enable_x64(True):
+        primals = [wide(v) for v in (a.w, a.scale, a.mixtures, a.lse, a.stream)]
+        read = partial(merge_oracle, j=j, first=first, y=wide(a.y))
+        (x, h), vjp, new = jax.vjp(read, *primals, has_aux=True)
+        grads = vjp((wide(a.d_x), wide(a.d_mixture) * keep))
+    close(out.x, x, dtype)
+    if keep:
+        close(out.mixture, h, dtype)
+    np.testing.assert_array_equal(np.asarray(out.stream, np.float64), new)
+    close(dw, grads[0])
+    if a.scale is None:
+        assert dscale is None
+    else:
+        close(dscale, grads[1])
+    others = np.arange(len(a.lse)) != j
+    close(d_mixtures[j], grads[2][j], dtype)
+    close(d_lse[j], grads[3][j])
+    np.testing.assert_array_equal(d_mixtures[others], a.d_mixtures[others])
+    np.testing.assert_array_equal(d_lse[others], a.d_lse[others])
+    close(d_stream, np.asarray(grads[4]) + np.asarray(a.d_stream, np.float64), dtype)
+    if first:
+        np.testing.assert_array_equal(d_stream, a.d_stream)
+
+
+MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
+    pytest.param(4, 512, 3, BF16, True, False, 1, False, False, id="read"),
+    pytest.param(3, 512, 3, BF16, True, True, 2, False, True, id="add and keep", marks=pytest.mark.slow),
+    pytest.param(3, 256, 3, BF16, True, True, 1, True, True, id="first"),
+    pytest.param(
+        1, 256, 1, BF16, False, False, 0, False, True, id="no norm, one token", marks=pytest.mark.slow
+    ),
+    pytest.param(5, 512, 1, F32, False, True, 0, False, False, id="no norm, add", marks=pytest.mark.slow),
+    pytest.param(7, 512, 1, F32, True, True, 0, False, True, id="fp32", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("tokens", "D", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
+def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
+    monkeypatch.setattr(merge_gpu, "PROGRAMS", 2)  # so that a program walks over several rows
+    monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
+    a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
+    check_merge(merge_gpu, a, j, first, keep, interpret=RACES)
+
+
+@pytest.mark.parametrize("D", [1000, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tokens", "_", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
+def test_triton_merge(tokens, _, D, S, dtype, norm, y, j, first, keep, triton):
+    a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
+    check_merge(triton("depth_merge"), a, j, first, keep, jit=lambda f: f)
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """A Triton backend by name of its op, run by Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # before the first import: it is read then
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def backend(op):
+        module = importlib.import_module(f"pallas_kernels.{op}.triton")
+        monkeypatch.setattr(module, "PROGRAMS", 2)
+        monkeypatch.setattr(module, "call", triton_interpreter.call)
+        return module
+
+    return backend
+
+
+def mix_oracle(w, v):
+    """Mixtures and lse of every query over the visible rows, in fp64."""
+    s = jnp.einsum("sd,rtd->srt", w, v) / jnp.sqrt(jnp.mean(v * v, -1) + EPS)
+    lse = jax.nn.logsumexp(s, 1)
+    return jnp.einsum("srt,rtd->std", jnp.exp(s - lse[:, None]), v), lse
+
+
+def seen(arrays, counts):
+    return jnp.concatenate([wide(v)[:n] for v, n in zip(arrays, counts, strict=True)])
+
+
+def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, roundings=1, **options):
+    """Values and gradients of S queries; counts are traced, hidden rows are NaN."""
+    draw = np.random.default_rng(1).standard_normal
+    w = jnp.asarray(draw((S, D)) * 0.1, jnp.float32)
+    sources = tuple(jnp.asarray(draw((r, tokens, D)), dtype) for r in lengths)
+    sources = tuple(v if n is None else v.at[n:].set(jnp.nan) for v, n in zip(sources, counts, strict=True))
+    so_far = tuple(jnp.asarray(draw(v.shape), dtype) for v in sources)
+    d_mixture, d_lse = jnp.asarray(draw((S, tokens, D)), dtype), jnp.asarray(draw((S, tokens)), jnp.float32)
+
+    @jit
+    def both(counts):
+        out = backend.forward(w, sources, counts, eps=EPS, **options)
+        return out, backend.backward(
+            w, sources, counts, out.lse, out.stats, d_mixture, d_lse, so_far if given else None,
+            eps=EPS, **options,
+        )  # fmt: skip
+
+    out, (dw, d_sources) = both(tuple(None if n is None else jnp.int32(n) for n in counts))
+    with jax.enable_x64(True):
+        (mixture, lse), vjp = jax.vjp(mix_oracle, wide(w), seen(sources, counts))
+        want_dw, want = vjp((wide(d_mixture), wide(d_lse)))
+        want += seen(so_far, counts) if given else 0
+        got = seen(d_sources, counts)
+    close(out.mixture, mixture, dtype)
+    close(out.lse, lse)
+    close(dw, want_dw)
+    close(got, want, dtype, roundings)
+    for d, before, n in zip(d_sources, so_far, counts, strict=True):
+        if n is not None:
+            np.testing.assert_array_equal(d[n:], before[n:] if given else jnp.zeros_like(d[n:]))
+
+
+MIX = [  # S, rows of each array, visible of them, tokens, D, given
+    pytest.param(3, [1, 4], [None, 2], 5, 128, True, id="two arrays, counted"),
+    pytest.param(1, [3], [None], 9, 64, False, id="single read", marks=pytest.mark.slow),
+    pytest.param(3, [4], [1], 3, 192, False, id="one visible row", marks=pytest.mark.slow),
+    pytest.param(12, [3, 7], [None, None], 17, 128, True, id="more than eight rows", marks=pytest.mark.slow),
+    pytest.param(17, [2], [None], 3, 64, True, id="more than 16 queries", marks=pytest.mark.slow),
+    pytest.param(2, [2, 7], [None, 6], 25, 320, True, id="rings turn", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "D", "given"), MIX)
+def test_mosaic_mix(S, lengths, counts, tokens, D, given, monkeypatch):
+    monkeypatch.setattr(gpu_backward, "PROGRAMS", 1)  # so that a program walks over several blocks
+    roundings = -(-S // mix_gpu.QUERIES)  # of d_sources, once for each 16 queries
+    check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, roundings=roundings, interpret=RACES)
+
+
+TRITON_WIDTHS = [  # D, dtype
+    pytest.param(200, BF16, id="D=200"),
+    pytest.param(99, BF16, id="rows not aligned", marks=pytest.mark.slow),
+    pytest.param(64, F32, id="fp32", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("D", "dtype"), TRITON_WIDTHS)
+@pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "_", "given"), MIX)
+def test_triton_mix(S, lengths, counts, tokens, D, _, given, dtype, triton):
+    check_mix(triton("depth_mix"), S, lengths, counts, tokens, D, dtype, given, jit=lambda f: f)
+
+
+def check_one_source_has_no_query_gradient(backend, **options):
+    draw = np.random.default_rng(2).standard_normal
+    w, v, d = (
+        jnp.asarray(draw((2, 64)), F32),
+        jnp.asarray(draw((1, 3, 64)), BF16),
+        jnp.asarray(draw((2, 3, 64)), BF16),
+    )
+    out = backend.forward(w, (v,), (None,), eps=EPS, **options)
+    dw, (dv,) = backend.backward(
+        w, (v,), (None,), out.lse, out.stats, d, jnp.zeros((2, 3)), None, eps=EPS, **options
+    )
+    np.testing.assert_array_equal(out.mixture, jnp.stack([v[0], v[0]]))
+    np.testing.assert_array_equal(dw, jnp.zeros_like(w))
+    close(dv[0], np.asarray(d, np.float64).sum(0), BF16)
+
+
+@pytest.mark.slow
+def test_mosaic_one_source_has_no_query_gradient():
+    check_one_source_has_no_query_gradient(mix_gpu, interpret=plgpu.InterpretGPUParams())
+
+
+def test_triton_one_source_has_no_query_gradient(triton):
+    check_one_source_has_no_query_gradient(triton("depth_mix"))
+
+
+@pytest.mark.slow
+def test_triton_mix_many_rows(triton):
+    check_mix(triton("depth_mix"), 32, [1, 129], [None, 100], 2, 72, BF16, True, jit=lambda f: f)
+
+
+BAD_MERGE = [  # a change of the operands, what the error says
+    pytest.param({"D": 1000}, r"stream: D = 1000 is not a multiple of 256", id="D not of whole copies"),
+    pytest.param({"D": 17 * 256}, r"stream: D = 4352 does not split", id="D of a prime number of copies"),
+    pytest.param({"D": 14336, "dtype": F32}, r"stream: a row of D = 14336 .* exceeds", id="D too large"),
+    pytest.param({"dtype": jnp.float16}, r"stream: dtype float16 is neither", id="fp16"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_MERGE)
+def test_mosaic_merge_refuses(change, message):
+    a = merge_inputs(**{"tokens": 1, "D": 256, "S": 1, "dtype": BF16} | change)
+    with pytest.raises(ValueError, match=message):
+        merge_gpu.forward(
+            a.w, a.scale, a.mixtures, a.lse, a.stream, 0, False, eps=EPS, norm_eps=EPS, keep_mixture=False
+        )
+
+
+def test_merge_refuses_mixed_dtypes():
+    a = merge_inputs(1, 256, 1, BF16)
+    with pytest.raises(ValueError, match="mixtures: dtype float32 differs from that of stream, bfloat16"):
+        merge_gpu.forward(
+            a.w, a.scale, a.mixtures.astype(F32), a.lse, a.stream, 0, False,
+            eps=EPS, norm_eps=EPS, keep_mixture=False,
+        )  # fmt: skip
+
+
+BAD_MIX = [  # rows, D, dtype, what the error says
+    pytest.param(2, 72, BF16, r"sources: D = 72 is not a multiple of 64", id="D"),
+    pytest.param(17, 64, BF16, r"sources: R = 17 rows, not from 1 to 16", id="too many rows"),
+    pytest.param(0, 64, BF16, r"sources: R = 0 rows", id="no rows"),
+    pytest.param(2, 64, F32, r"sources\[0\]: dtype float32", id="fp32"),
+]
+
+
+@pytest.mark.parametrize(("R", "D", "dtype", "message"), BAD_MIX)
+def test_mosaic_mix_refuses(R, D, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        mix_gpu.forward(jnp.ones((1, D)), (jnp.ones((R, 4, D), dtype),), (None,), eps=EPS)
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="jax-triton lowers under this JAX")
+def test_triton_says_why_it_does_not_lower():
+    backend = importlib.import_module("pallas_kernels.depth_mix.triton")
+    with pytest.raises(RuntimeError, match=r"jax-triton does not lower under JAX 0\.12"):
+        backend.forward(jnp.ones((1, 16)), (jnp.ones((1, 1, 16)),), (None,), eps=EPS)
+
+
+KERNELS = {  # calls of each kernel in forward and backward
+    "merge": {"depth_merge_forward": 1, "depth_merge_backward": 1},
+    "mix": {"depth_mix_score": 1, "depth_mix_forward": 1, "depth_mix_dscore": 1, "depth_mix_apply": 1},
+}
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_lowering_for_cuda_holds_each_kernel_once(op, monkeypatch):
+    monkeypatch.setattr(h200, "N", 2)  # lowering takes as long as there are rows and queries
+    monkeypatch.setattr(h200, "S", 1)
+    programs = []
+    for f, args in getattr(h200, op)(bf16, 512):
+        with jax.sharding.use_abstract_mesh(h200.abstract(jax)):
+            programs.append(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)))
+    text = "".join(p.as_text(debug_info=True) for p in programs)
+    assert text.count("custom_call @mosaic_gpu") == sum(KERNELS[op].values())
+    assert {name: text.count(f"/{name}/mpmd_map") for name in KERNELS[op]} == KERNELS[op]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_on_an_h200():
+    """ptxas itself, for a device that is not there; in its own process, which is not confined to the CPU."""
+    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)) or not h200.toolkit():
+        pytest.skip("the CUDA plugin of JAX or the CUDA compiler is not installed")
+    rows = [f"{op}:{D}" for op in KERNELS for D in (2048, 2304, 4096)]
+    run = subprocess.run([sys.executable, h200.__file__, *rows], capture_output=True, text=True, check=True)
+    kernels = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert {k["kernel"] for k in kernels} == {name for op in KERNELS.values() for name in op}
+    assert len(kernels) == 3 * sum(map(len, KERNELS.values()))
+    assert all(k["spilled"] == 0 for k in kernels), kernels
