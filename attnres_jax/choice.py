@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnres_jax.placement import Placement, platform
 
-IMPLEMENTATIONS = ("reference", "xla", "tpu")
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "triton")
 
 
 class Choice(NamedTuple):
@@ -31,19 +31,24 @@ def choose(
 
     Args:
       placement: whose devices it runs on; None: JAX's default ones.
-      dtype, refusal: of the sources, and what the kernel has against their shape: a named kernel raises that.
+      dtype, refusal: of the sources, and what the TPU kernel has against their shape (raised, if named).
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
     target = platform(placement)
     if implementation in ("reference", "xla") or (implementation is None and target != "tpu"):
-        why = f"jnp, compiled by XLA: there is no kernel for {target}"
+        unproven = "the kernels for GPUs were never run on one, and run when named"
+        why = f"jnp, compiled by XLA: {unproven if target == 'gpu' else f'there is no kernel for {target}'}"
         return Choice("reference", "named by the caller" if implementation else why)
-    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
-        problem = refusal()
+    problem = None
+    if implementation in (None, "tpu"):
+        with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
+            problem = refusal()
     if dtype is not None and dtype not in (jnp.bfloat16, jnp.float32):
         problem = f"kernels take bfloat16 and float32 sources, got {jnp.dtype(dtype)}"
     if problem and implementation:
         raise ValueError(f"implementation {implementation!r}: {problem}")
+    if implementation:
+        return Choice(implementation, "named by the caller")
     return Choice("reference", problem) if problem else Choice("tpu", "Pallas kernels, on TPU")

@@ -46,7 +46,7 @@ def depth_mix(
         done = Partial(mixture.reshape(-1, *shape), lse.reshape(-1, *shape[:-1]))
         return done, tuple(a.reshape(-1, *shape) for a in after)
 
-    done, after = _local(placement, mix, (w, counts), (arrays,), ("rows",), ("rows", "rows"))
+    done, after = _local(chosen, placement, mix, (w, counts), (arrays,), ("rows",), ("rows", "rows"))
     return done, () if last else tuple(map(Rows, after, counts))
 
 
@@ -63,9 +63,8 @@ def depth_merge(
     implementation: str | None = None,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
-    """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed.
-
-    Returns it, and `done` and the sum for later reads. `row` (array, place) holds the sum too."""
+    """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed. Returns
+    it, and `done` and the sum for later reads. `row` (array, place) holds the sum too."""
     fits = partial(merge_config.tpu_refusal, len(w), stream.dtype)
     chosen, _ = choose(implementation, placement, stream.dtype, fits)
 
@@ -86,18 +85,19 @@ def depth_merge(
         return x.reshape(shape), done, stream.reshape(shape)
 
     scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
-    kept, at = (None, None) if row is None or chosen == "reference" else row
+    kept, at = (None, None) if row is None or chosen != "tpu" else row
     shared, kinds = (w, scale, j, first, at), ("tokens", "rows", "tokens")
-    return _local(placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
+    return _local(chosen, placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
 
 
 def _flat(rows):
     return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
-def _local(placement, op, shared, args, kinds, out_kinds):
+def _local(chosen, placement, op, shared, args, kinds, out_kinds):
     """`op(shared, *args)`, each device on its own tokens; "rows" have an axis before the tokens."""
     if placement is None:
         return op(shared, *args)
     specs = {"tokens": placement.spec, "rows": PartitionSpec(None, *placement.spec)}
-    return placement.local(op, shared, args, *(tuple(specs[k] for k in some) for some in (kinds, out_kinds)))
+    inside, outside = (tuple(specs[k] for k in some) for some in (kinds, out_kinds))
+    return placement.local(op, shared, args, inside, outside, typed=chosen not in ("gpu", "triton"))

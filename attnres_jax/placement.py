@@ -31,19 +31,30 @@ class Placement:
     def _inside(self, x):
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.spec[0])))
 
-    def local(self, op: Callable[..., Any], shared: Any, args: tuple, specs: tuple, out_specs: Any) -> Any:
+    def local(
+        self,
+        op: Callable[..., Any],
+        shared: Any,
+        args: tuple,
+        specs: tuple,
+        out_specs: Any,
+        typed: bool = True,
+    ) -> Any:
         """`op(shared, *args)`, each device on its own tokens; gradients of `shared` are summed outside.
 
         Every axis of the mesh is manual inside, as a kernel must have it; those that are already stay so.
+        What cannot say over which axes its results vary is not `typed`.
         """
         axes = {a for axes in self.spec for a in (axes if isinstance(axes, tuple) else (axes,))}
 
         def run(shared, *args):
-            return op(jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying"), shared), *args)
+            if typed:
+                shared = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying"), shared)
+            return op(shared, *args)
 
         around = jax.sharding.get_abstract_mesh()
         free = {*self.mesh.axis_names} - {*around.manual_axes}
-        where = {"mesh": around if around.manual_axes else self.mesh, "axis_names": free}
+        where = {"mesh": around if around.manual_axes else self.mesh, "axis_names": free, "check_vma": typed}
         specs = (PartitionSpec(), *specs)
         return jax.shard_map(run, in_specs=specs, out_specs=out_specs, **where)(shared, *args)
 

@@ -113,7 +113,7 @@ def test_depth_merge(shape):
         np.testing.assert_array_equal(out.stream, total)
         here = (out.stream[None], here[1])
     cotangents = (d_x, d_h if shape.keep else None, d_p, d_os, d_lses)
-    got = merge.backward(w, scale, o, lse, *here, *at, out.stats, cotangents, **options)
+    got = merge.backward(w, scale, o, lse, *here, *at, out.stats, *cotangents, **options)
 
     def read(w, scale, o, lse, p):
         seen = jnp.where(shape.first, -jnp.inf, depth.scores(w, p, EPS))

@@ -124,6 +124,20 @@ def test_a_read_that_communicates_is_seen():
     assert [name for name in collectives(text) if "depth_mix" in name]
 
 
+def test_an_op_without_types_has_the_same_gradient():
+    """GPU kernels cannot say over which axes they vary: what is shared is summed over them all the same."""
+    devices = mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
+    place, spec = mesh.placement(devices), P(None, ("data", "fsdp"), "tensor")
+    v, w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 4, 8)), jnp.float32), jnp.ones(8)
+
+    def read(w, v, typed):
+        mix = lambda w, v: depth.partial_mix(w[None], [depth.Rows(v)], 1e-6).mixture  # noqa: E731
+        return jnp.sum(place.local(mix, w, (v,), (spec,), spec, typed=typed) ** 2)
+
+    one, other = (jax.jit(jax.grad(read, (0, 1)), static_argnums=2)(w, v, typed) for typed in (True, False))
+    oracle.assert_close(dict(enumerate(one)), dict(enumerate(other)), 1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
 def test_accumulation_under_sharding(alone, shape):

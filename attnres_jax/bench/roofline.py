@@ -198,7 +198,7 @@ def _function(case, counted=False):
         return lambda w, v, *rest: function(w, (v,), (None,), *_tupled(rest), eps=EPS)
     if case.direction == "forward":
         return lambda *a: function(*a, eps=EPS, norm_eps=EPS, keep_mixture=False)
-    return lambda *a: function(*a[:9], (a[9], None, *a[10:]), eps=EPS, norm_eps=EPS)
+    return lambda *a: function(*a[:10], None, *a[10:], eps=EPS, norm_eps=EPS)
 
 
 def _tupled(rest):

@@ -9,6 +9,8 @@ from pallas_kernels.depth_merge.tuned import TUNED
 TILE = LANES = 128
 ASSUMED_VMEM = 64 << 20
 """Bytes, where no TPU is named (interpret mode): the least of the chips of today, v4 aside."""
+CHUNK = {"forward": 16, "backward": 8}
+"""Tokens worked on at once: with more, registers spill (libtpu 0.0.50.1, v5p and v6e, D = 2304)."""
 ARRAYS = {"forward": 6, "backward": 7}
 """[tokens, D] that are copied in or out, options included."""
 
@@ -18,7 +20,7 @@ def tpu_config(direction: str, D: int, dtype: DTypeLike, steps: int) -> tuple[in
     limit, cores = _chip()
     if (need := _vmem_bytes(direction, D, dtype)) > limit:
         raise ValueError(_too_wide(D, need, limit))
-    return TUNED.get((direction, D), 32), cores if steps % cores == 0 else 1, limit
+    return TUNED.get((direction, D), CHUNK[direction]), cores if steps % cores == 0 else 1, limit
 
 
 def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:

@@ -67,7 +67,7 @@ def forward(
     return Forward(out["x"], out.get("mixture"), out.get("p_new"), out["stats"])
 
 
-def backward(w, scale, mixtures, lse, streams, at, j, first, stats, cotangents, *, eps, norm_eps):
+def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents, eps, norm_eps):
     """From those of x, mixture, stream, mixtures, lse: dw, dscale; the last three with this read's part."""
     d_x, d_mixture, d_stream, d_mixtures, d_lse = cotangents
     tokens = streams.shape[1]
