@@ -245,7 +245,7 @@ def test_step_zero_is_the_plain_network(dtype):
         check_same_loss({name: loss(scheme)(trained) for name, scheme in schemes.items()}, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_step_zero_of_the_language_model(dtype):
     """The same seed, and all parameters but the AttnRes ones."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)), "int32")
@@ -367,6 +367,7 @@ def test_forward_mode_of_the_fast_path_names_the_way_out(name, size, kinds, x64)
             mode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "kinds"), SECOND_ORDER)
 def test_reverse_over_reverse(name, size, kinds, x64):
     """A Hessian-vector product by two reverse passes through the fast path."""
