@@ -338,6 +338,7 @@ def workdir(tmp_path, monkeypatch):
     return folder, model, text[:60]
 
 
+@pytest.mark.slow
 def test_a_workdir_is_read_back(workdir):
     """Statistics are of whole windows of the held-out text, M of the first one's last token."""
     folder, model, text = workdir

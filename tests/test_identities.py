@@ -130,6 +130,7 @@ def evaluate(function, toy):
     return toys.value_and_gradient(function)(toy)
 
 
+@pytest.mark.slow
 def test_block_of_one_is_full_exactly():
     """Bit for bit, values and gradients, in fp32."""
     kinds = "amkmamk"

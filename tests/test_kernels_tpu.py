@@ -19,7 +19,7 @@ EPS, NORM_EPS = 1e-6, 1e-5
 TOLERANCE = {"bfloat16": 5e-3, "float32": 2e-6}
 """Relative error against fp64, of what is rounded to the dtype; `SUMS`: of what stays fp32."""
 SUMS = {"bfloat16": 2e-5, "float32": 2e-6}
-FAST = ("two_steps", "counted", "first_of_block")
+FAST = ("counted", "first_of_block")
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def told_to_stop(folder, words):
     return saved
 
 
+@pytest.mark.slow
 def test_two_processes_told_to_stop_go_on_as_one(tmp_path):
     """SIGTERM to one of two: both save the same step and exit 0. One process on another mesh goes on with
     the same data: its losses are those of one process all the way."""

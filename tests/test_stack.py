@@ -202,7 +202,8 @@ def test_everything_carried(case, x64):
     oracle.assert_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "block"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "block"])
 def test_policies(name, x64):
     """What is kept for the backward pass changes no value and no gradient."""
     kinds, scheme = "amkmam", toys.make(name, 4)

@@ -51,9 +51,9 @@ def available() -> Sequence[Any]:
     return jax.devices()
 
 
-def placement(mesh: Mesh) -> Placement:
-    """Activations [B,T,D]: B over data and fsdp, T over tensor, D whole."""
-    return Placement(mesh, P(BATCH, "tensor"))
+def placement(mesh: Mesh) -> Placement | None:
+    """Activations [B,T,D]: B over data and fsdp, T over tensor, D whole. One device needs none."""
+    return Placement(mesh, P(BATCH, "tensor")) if mesh.size > 1 else None
 
 
 def tokens(mesh: Mesh) -> NamedSharding:
