@@ -37,6 +37,8 @@ def choose(
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
     target = platform(placement)
+    if implementation is None and target == "tpu" and not _alone(placement):
+        return Choice("reference", "jnp, compiled by XLA: kernels on several devices need a placement")
     if implementation in ("reference", "xla") or (implementation is None and target != "tpu"):
         unproven = "the kernels for GPUs were never run on one, and run when named"
         why = f"jnp, compiled by XLA: {unproven if target == 'gpu' else f'there is no kernel for {target}'}"
@@ -52,3 +54,11 @@ def choose(
     if implementation:
         return Choice(implementation, "named by the caller")
     return Choice("reference", problem) if problem else Choice("tpu", "Pallas kernels, on TPU")
+
+
+def _alone(placement):
+    """Whether a kernel meets one device's part only: XLA does not cut kernels up for several devices."""
+    around = jax.sharding.get_abstract_mesh()
+    if placement or around.empty:
+        return bool(placement) or jax.device_count() == 1
+    return around.size == 1 or {*around.axis_names} == {*around.manual_axes}

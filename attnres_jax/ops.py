@@ -41,10 +41,8 @@ def depth_mix(
         w, counts = shared
         if chosen == "reference":
             return depth.partial_mix(w, tuple(map(Rows, arrays, counts)), eps), () if last else arrays
-        shape, flat = arrays[0].shape[1:], tuple(map(_flat, arrays))
-        mixture, lse, after = mix_kernel.depth_mix(w, flat, counts, eps, not last, chosen)
-        done = Partial(mixture.reshape(-1, *shape), lse.reshape(-1, *shape[:-1]))
-        return done, tuple(a.reshape(-1, *shape) for a in after)
+        *done, after = mix_kernel.depth_mix(w, arrays, counts, eps, not last, chosen)
+        return Partial(*done), after
 
     done, after = _local(chosen, placement, mix, (w, counts), (arrays,), ("rows",), ("rows", "rows"))
     return done, () if last else tuple(map(Rows, after, counts))
@@ -76,22 +74,14 @@ def depth_merge(
             hidden = jnp.where(first, -jnp.inf, jnp.zeros((), w.dtype))
             mixture = depth.merge(one, Partial(stream, depth.scores(w, stream, eps) + hidden)).mixture
             return mixture if scale is None else RMSNorm(scale, norm_eps)(mixture), done, stream
-        shape = stream.shape
-        flat = (_flat(done.mixture), done.lse.reshape(len(done.lse), -1), stream.reshape(-1, shape[-1]))
-        kept = jax.tree.map(_flat, kept)
-        args = (w, scale, *flat, kept, None, at, j, first, eps, norm_eps, False, chosen)
-        x, _, stream, *after = merge_kernel.depth_merge(*args)
-        done = Partial(after[0].reshape(-1, *shape), after[1].reshape(-1, *shape[:-1]))
-        return x.reshape(shape), done, stream.reshape(shape)
+        args = (w, scale, *done, stream, kept, None, at, j, first, eps, norm_eps, False, chosen)
+        x, _, stream, *done = merge_kernel.depth_merge(*args)
+        return x, Partial(*done), stream
 
     scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
     kept, at = (None, None) if row is None or chosen != "tpu" else row
     shared, kinds = (w, scale, j, first, at), ("tokens", "rows", "tokens")
     return _local(chosen, placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
-
-
-def _flat(rows):
-    return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
 def _local(chosen, placement, op, shared, args, kinds, out_kinds):

@@ -54,6 +54,8 @@ class Placement:
 
         around = jax.sharding.get_abstract_mesh()
         free = {*self.mesh.axis_names} - {*around.manual_axes}
+        if not free:
+            return op(shared, *args)
         where = {"mesh": around if around.manual_axes else self.mesh, "axis_names": free, "check_vma": typed}
         specs = (PartitionSpec(), *specs)
         return jax.shard_map(run, in_specs=specs, out_specs=out_specs, **where)(shared, *args)

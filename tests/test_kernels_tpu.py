@@ -5,13 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from jax._src import effects
+from jax._src.callback import IOEffect, OrderedIOEffect
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from attnres_jax import depth, ops
 from attnres_jax.depth import Partial, RMSNorm, Rows
+from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import shapes as merge_shapes
 from pallas_kernels.depth_merge import tpu as merge
+from pallas_kernels.depth_mix import config as mix_config
 from pallas_kernels.depth_mix import shapes as mix_shapes
 from pallas_kernels.depth_mix import tpu as mix
 
@@ -23,9 +27,13 @@ FAST = ("counted", "first_of_block")
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
+def interpreted(monkeypatch):
     """Memory that nothing wrote is NaN, and two grid steps that touch the same memory are found."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+    for name in ("remat", "custom_derivatives", "control_flow"):  # the interpreter's callbacks have effects
+        allowed = getattr(effects, f"{name}_allowed_effects")
+        monkeypatch.setattr(allowed, "_effect_types", {*allowed._effect_types, IOEffect, OrderedIOEffect})
+    how = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(how):
         yield
     assert not interpret_pallas_call.races or not interpret_pallas_call.races.races_found
 
@@ -69,6 +77,7 @@ def test_depth_mix(shape):
         )
     )
     w, cuts = w / D**0.5, np.cumsum(shape.rows)[:-1]
+    d_lse = d_lse * (R > 1)  # the weights of one source are constant, its log-sum-exp is its score
     parts, before = jnp.split(v, cuts), jnp.split(added, cuts)
     counts = tuple(None if shape.n is None else jnp.int32(shape.n) for _ in parts)
     out = mix.forward(w, tuple(parts), counts, eps=EPS)
@@ -138,12 +147,27 @@ def test_depth_merge(shape):
     np.testing.assert_array_equal(got[4][others], d_lses[others])
 
 
+@pytest.mark.slow
+def test_two_cores(monkeypatch):
+    """Of a v4 or v5p: they never write the same memory, also where there is no running sum."""
+    for config in (mix_config, merge_config):
+        monkeypatch.setattr(config, "_chip", lambda: (64 << 20, 2))
+    test_depth_mix(mix_shapes.SHAPES["two_steps"])
+    test_depth_merge(merge_shapes.SHAPES["first_of_block"])
+
+
 # Through the dispatcher ---------------------------------------------------------------------------
+
+
+def layers(params):
+    """The norm as the value that a kernel fuses."""
+    made = toys.layers(params)
+    return {k: layer._replace(norm=lambda p: RMSNorm(p["scale"], EPS)) for k, layer in made.items()}
 
 
 def loss(scheme, kinds, implementation):
     def run(toy):
-        out = toys.run(scheme, kinds, toy, implementation=implementation)
+        out = toys.run(scheme, kinds, toy, layers, implementation=implementation)
         return jnp.sum(out.h.astype(jnp.float32) * toys.probe(out.h))
 
     return run
@@ -166,6 +190,8 @@ def test_whole_stack(size, kinds):
 def test_vmap():
     """Of a kernel, one after the other; `w` and the sources may both be batched."""
     w, v = drawn(mix_shapes.SHAPES["float32"], ((2, 3, 128), None), ((2, 4, 8, 128), None))
+
+    w = w / 128**0.5
 
     def read(w, v, implementation):
         done = ops.depth_mix(w, (Rows(v),), eps=EPS, implementation=implementation)[0]

@@ -271,3 +271,15 @@ def test_errors_name_what_is_wrong():
         toys.run(scheme, "amam", toy, implementation="kernel")
     with pytest.raises(ValueError, match="block_size"):
         toys.run(toys.make("block", 5), "amam", toy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kinds"), [(1, "amam"), (3, "am" * 5), (4, "am" * 4)])
+def test_memory_that_nothing_wrote_is_not_read(size, kinds, monkeypatch):
+    """On a CPU `lax.empty` is zeros: here it is NaN, as memory of a TPU may be."""
+    scheme = toys.make("block", size)
+    toy = toys.cast(toys.toy(scheme, kinds, B=1, T=4, D=8), "float32")
+    want = toys.value_and_gradient(lambda toy: toys.run(scheme, kinds, toy))(toy)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    got = toys.value_and_gradient(lambda toy: toys.run(scheme, kinds, toy))(toy)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

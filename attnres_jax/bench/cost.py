@@ -235,8 +235,8 @@ def _updated(module, inner, name):
     """Elements that differ from a parameter of the fusion which the result overwrites; None: all may."""
     i = inner.instructions[name]
     if i.opcode == "parameter":
-        return 0
-    if i.opcode in ("bitcast", "copy") and i.operands:
+        return 0 if name != inner.root else None
+    if i.opcode == "bitcast":
         return _updated(module, inner, i.operands[0])
     if i.opcode == "dynamic-update-slice":
         before = _updated(module, inner, i.operands[0])

@@ -112,4 +112,8 @@ def _weight(mix, history):
 
 
 def _unstack(history):
+    if any(rows.n is not None for rows in history):
+        raise ValueError(
+            'two_phase=False is the literal form: call through_depth(implementation="reference")'
+        )
     return [v for rows in history for v in rows.array]

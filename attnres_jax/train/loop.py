@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from attnres_jax import choice
 from attnres_jax.configs import Config
@@ -137,7 +138,10 @@ class _Loop(NamedTuple):
 def _announcement(folder, config, state, run):
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     size = f" of S = {config.block_size}" if config.residual == "block" else ""
-    ran, devices = choice.choose(None, placement(run.mesh)), run.mesh.devices.ravel()
+    ran, devices = (
+        choice.choose(None, placement(run.mesh), jnp.dtype(run.model.dtype)),
+        run.mesh.devices.ravel(),
+    )
     axes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
     mesh = f" ({axes}; {jax.process_count()} processes)" if axes else ""
     return (

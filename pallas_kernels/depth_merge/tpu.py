@@ -267,11 +267,11 @@ def _grid(size, args, outs, scratch):
 
 
 def _row(size, hide=False):
-    """128 tokens a step; `hide`: of the first read of a block, which has no running sum, one tile for all."""
+    """128 tokens a step; `hide`: of the first read of a block, which has no running sum, one tile a core."""
 
     def index(c, i, scalars):
         at = c * size.steps + i
-        return (jnp.where(scalars[1] == 1, 0, at) if hide else at, 0)
+        return (jnp.where(scalars[1] == 1, c * size.steps, at) if hide else at, 0)
 
     return pl.BlockSpec((TILE, size.D), index)
 

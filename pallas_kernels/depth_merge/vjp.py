@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 BACKENDS = ("tpu", "gpu", "triton")
+TILE = 128
+"""Tokens. Where it does not divide them the TPU kernel pads, which would copy all that is kept."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12, 13))
@@ -17,44 +19,88 @@ def depth_merge(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, nor
     Args:
       w: [D] fp32, query * key_scale of this read.
       scale: [D] fp32 of the sublayer's RMSNorm, or None: x is the mixture.
-      mixtures, lse: [S, tokens, D] and fp32 [S, tokens], all of Phase 1; row `j` (int32, may be traced) is
+      mixtures, lse: [S, *tokens, D] and fp32 [S, *tokens], all of Phase 1; row `j` (int32, may be traced) is
         this read's.
-      stream: [tokens, D], the running sum of the block's outputs.
-      kept: None, or an array [..., tokens, D] whose row `at` is the sum too. It is read there, and `stream`
+      stream: [*tokens, D], the running sum of the block's outputs.
+      kept: None, or an array [..., *tokens, D] whose row `at` is the sum too. It is read there, and `stream`
         takes the cotangent only: a sum that a loop over depth has kept need not be copied out.
-      y: [tokens, D] or None: an output to add to the sum before it is read; then `kept` must be None.
+      y: [*tokens, D] or None: an output to add to the sum before it is read; then `kept` must be None.
       first: bool, may be traced: the block has no sum yet, and none is read. Then y must be None.
       eps, norm_eps: of the key norm and of the sublayer's norm.
       keep_mixture: also return the mixture, before the norm.
       backend: one of `BACKENDS`: Mosaic on TPU, Mosaic on GPU, jax-triton.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit together, and for sizes that the backend does not take.
     """
     args = (w, scale, mixtures, lse, stream, kept, y, at, j, first)
     return _forward(*args, eps, norm_eps, keep_mixture, backend)[0]
 
 
 def _forward(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, norm_eps, keep_mixture, backend):
+    _check(w, scale, mixtures, lse, stream, kept, y)
     options = {"eps": eps, "norm_eps": norm_eps, "keep_mixture": keep_mixture}
     run = sequential_vmap(functools.partial(_module(backend).forward, **options))
     place = _place(backend, stream, kept, at)
-    out = run(w, scale, mixtures, lse, *place, j, first, y)
+    done = _rows(mixtures), lse.reshape(len(lse), -1)
+    out = run(w, scale, *done, *place, j, first, None if y is None else _flat(y))
+    x, mixture = (None if a is None else a.reshape(stream.shape) for a in (out.x, out.mixture))
     if y is not None:
-        stream, place = out.stream, _place(backend, out.stream, None, None)
-    saved = (w, scale, mixtures, lse, *place, j, first, out.stats)
-    return (out.x, out.mixture, stream, mixtures, lse), (saved, y is None)
+        stream, kept = out.stream.reshape(stream.shape), None
+    # As they came: a reshaped one would be another value, and kept as such.
+    saved = (w, scale, mixtures, lse, stream if kept is None else None, kept, at, j, first, out.stats)
+    return (x, mixture if keep_mixture else None, stream, mixtures, lse), (saved, y is None)
 
 
 def _backward(eps, norm_eps, keep_mixture, backend, saved, cotangents):
-    args, alone = saved
+    (w, scale, mixtures, lse, stream, kept, at, j, first, stats), alone = saved
+    d_x, d_mixture, d_stream, d_mixtures, d_lse = cotangents
     run = sequential_vmap(functools.partial(_module(backend).backward, eps=eps, norm_eps=norm_eps))
-    d_w, d_scale, d_stream, d_mixtures, d_lse = run(*args, *cotangents)
-    return d_w, d_scale, d_mixtures, d_lse, d_stream, None, None if alone else d_stream, None, None, None
+    place = _place(backend, stream, kept, at)
+    d_mixture = None if d_mixture is None else _flat(d_mixture)
+    d_w, d_scale, d_p, d_o, d_l = run(
+        *(w, scale, _rows(mixtures), lse.reshape(len(lse), -1), *place, j, first, stats),
+        *(_flat(d_x), d_mixture, _flat(d_stream), _rows(d_mixtures), d_lse.reshape(len(lse), -1)),
+    )
+    d_p = d_p.reshape(d_stream.shape)
+    done = d_o.reshape(mixtures.shape), d_l.reshape(lse.shape)
+    return d_w, d_scale, *done, d_p, None, None if alone else d_p, None, None, None
+
+
+def _check(w, scale, mixtures, lse, stream, kept, y):
+    D, tokens = stream.shape[-1], stream.shape[:-1]
+    wanted = {"w": (w, (D,)), "scale": (scale, (D,)), "y": (y, stream.shape)}
+    wanted |= {"mixtures": (mixtures, (len(mixtures), *stream.shape)), "lse": (lse, (len(mixtures), *tokens))}
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must be {shape} beside a stream {stream.shape}, got {array.shape}")
+    for name, array in {"mixtures": mixtures, "kept": kept, "y": y}.items():
+        if array is not None and array.dtype != stream.dtype:
+            raise ValueError(f"{name} must be {stream.dtype} as the stream is, got {array.dtype}")
+    if y is not None and kept is not None:
+        raise ValueError(
+            "y is added to the sum before it is read, so the sum cannot be kept yet: kept must be None"
+        )
 
 
 def _place(backend, stream, kept, at):
     """Where a backend finds the sum: on TPU row `at` of an array."""
     if backend != "tpu":
-        return (stream,)
-    return (stream[None], jnp.int32(0)) if kept is None else (kept, at)
+        return (_flat(stream),)
+    if kept is None:
+        return _flat(stream)[None], jnp.int32(0)
+    rows = _rows(kept)
+    if rows.shape[1] % TILE == 0:
+        return rows, at
+    return jax.lax.dynamic_slice_in_dim(rows, at, 1), jnp.int32(0)
+
+
+def _rows(a):
+    return a.reshape(len(a), -1, a.shape[-1])
+
+
+def _flat(a):
+    return a.reshape(-1, a.shape[-1])
 
 
 def _module(backend):

@@ -246,8 +246,9 @@ def _squares(v):
     else:
         tiles = [v[:, pl.ds(at, LANES)].astype(jnp.float32) for at in range(0, D, LANES)]
         part = functools.reduce(jnp.add, [t * t for t in tiles])
-    ones = jnp.ones((16, part.shape[1]), jnp.bfloat16)
-    return sum(_dot(ones, half, NT) for half in _halves(part))[:8]
+    parts = (part,) if v.dtype == jnp.float32 else _halves(part)
+    ones = jnp.ones((16, part.shape[1]), parts[0].dtype)
+    return sum(_dot(ones, p, NT) for p in parts)[:8]
 
 
 def _softmax(scores):

@@ -12,24 +12,31 @@ BACKENDS = ("tpu", "gpu", "triton")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def depth_mix(w, sources, counts, eps, handed_on, backend):
-    """Mixtures [S, tokens, D] in the sources' dtype, log-sum-exp [S, tokens] fp32, and the sources.
+    """Mixtures [S, *tokens, D] in the sources' dtype, log-sum-exp [S, *tokens] fp32, and the sources.
 
     Args:
       w: [S, D] fp32, query * key_scale of each read.
-      sources: tuple of arrays [R_k, tokens, D], bf16 or fp32, none stacked or copied.
+      sources: tuple of arrays [R_k, *tokens, D], bf16 or fp32, none stacked or copied.
       counts: for each array None, or an int32 scalar n >= 1: n rows are read, the others cost nothing.
       eps: of the key norm.
       handed_on: return the sources too, for later reads to take: their cotangents then arrive here
         summed, and this read adds its own in place. Else the third result is ().
       backend: one of `BACKENDS`: Mosaic on TPU, Mosaic on GPU, jax-triton.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit together, and for sizes that the backend does not take.
     """
     return _forward(w, sources, counts, eps, handed_on, backend)[0]
 
 
 def _forward(w, sources, counts, eps, handed_on, backend):
+    _check(w, sources, counts)
     run = sequential_vmap(functools.partial(_module(backend).forward, eps=eps))
-    out = run(w, sources, counts)
-    return (out.mixture, out.lse, sources if handed_on else ()), (w, sources, counts, out.lse, out.stats)
+    out = run(w, tuple(map(_flat, sources)), counts)
+    shape = sources[0].shape[1:]
+    done = out.mixture.reshape(-1, *shape), out.lse.reshape(-1, *shape[:-1])
+    # The sources as they came: a reshaped one would be another value, and kept as such.
+    return (*done, sources if handed_on else ()), (w, sources, counts, out.lse, out.stats)
 
 
 def _backward(eps, handed_on, backend, kept, cotangents):
@@ -37,9 +44,30 @@ def _backward(eps, handed_on, backend, kept, cotangents):
     d_mixture, d_lse, d_sources = cotangents
     if not handed_on:  # rows that nobody reads need zeros from somewhere
         d_sources = None if all(n is None for n in counts) else tuple(map(jnp.zeros_like, sources))
+    d_sources = None if d_sources is None else tuple(map(_flat, d_sources))
     run = sequential_vmap(functools.partial(_module(backend).backward, eps=eps))
-    d_w, d_sources = run(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources)
-    return d_w, d_sources, None
+    args = (w, tuple(map(_flat, sources)), counts, lse, stats, _flat(d_mixture), d_lse.reshape(len(w), -1))
+    d_w, d_sources = run(*args, d_sources)
+    return d_w, tuple(d.reshape(v.shape) for d, v in zip(d_sources, sources, strict=True)), None
+
+
+def _check(w, sources, counts):
+    if w.ndim != 2 or not len(w):
+        raise ValueError(f"w must be [S, D] with S >= 1, got {w.shape}")
+    if not sources or not all(map(len, sources)):
+        raise ValueError(f"sources must hold at least one row each, got {[v.shape for v in sources]}")
+    if len(counts) != len(sources):
+        raise ValueError(
+            f"counts must say None or a number for each of {len(sources)} arrays, got {len(counts)}"
+        )
+    shape, dtype = (*sources[0].shape[1:-1], w.shape[-1]), sources[0].dtype
+    for k, v in enumerate(sources):
+        if v.shape[1:] != shape or v.dtype != dtype:
+            raise ValueError(f"sources[{k}] must be [R, {shape}] of {dtype}, got {v.shape} of {v.dtype}")
+
+
+def _flat(rows):
+    return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
 def _module(backend):
