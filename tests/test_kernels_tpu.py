@@ -200,3 +200,27 @@ def test_vmap():
     got = jax.vmap(jax.grad(lambda w, v: read(w, v, "tpu"), (0, 1)))(w, v)
     want = jax.vmap(jax.grad(lambda w, v: read(w, v, "reference"), (0, 1)))(w, v)
     jax.tree.map(lambda g, w: close(g, w, 2e-6), got, want)
+
+
+LOWERED = {
+    # scheme, S, kinds: kernels of a step; a forward one also where the backward pass makes it again
+    ("block", 4, "am" * 8): {"mix_forward": 4, "mix_backward": 2, "merge_forward": 4, "merge_backward": 2},
+    ("full", 1, "am" * 4): {"mix_forward": 6, "mix_backward": 3, "merge_forward": 0, "merge_backward": 0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "wanted"), LOWERED.items(), ids=["block", "full"])
+def test_one_kernel_a_site(case, wanted):
+    """In the program for a TPU, whatever its depth: what repeats is one loop. Phase 1 and the output read are
+    made again in the backward pass."""
+    name, size, kinds = case
+    scheme = toys.make(name, size)
+    toy = toys.cast(toys.toy(scheme, kinds, B=1, T=128, D=128), "float32")
+    chip = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    target = jax.sharding.AbstractMesh((), (), abstract_device=chip)
+    with pltpu.force_tpu_interpret_mode(None), jax.sharding.use_abstract_mesh(target):
+        traced = jax.jit(jax.value_and_grad(loss(scheme, kinds, "tpu"))).trace(toy)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    found = {kernel: text.count(f'kernel_name = "depth_{kernel}"') for kernel in wanted}
+    assert found == wanted
