@@ -4,6 +4,8 @@ import importlib
 
 import jax
 
+PROGRAMS = 264  # two for each of a Hopper's 132 processors
+
 
 def call(op, kernel, operands, outputs, *, grid, warps, constants, aliases=None, stages=3):
     """Run `kernel` of `pallas_kernels.<op>.triton_kernels`; raises where jax-triton cannot lower."""

@@ -151,7 +151,7 @@ def test_depth_merge(shape):
 def test_two_cores(monkeypatch):
     """Of a v4 or v5p: they never write the same memory, also where there is no running sum."""
     for config in (mix_config, merge_config):
-        monkeypatch.setattr(config, "_chip", lambda: (64 << 20, 2))
+        monkeypatch.setattr(config, "chip", lambda: (64 << 20, 2))
     test_depth_mix(mix_shapes.SHAPES["two_steps"])
     test_depth_merge(merge_shapes.SHAPES["first_of_block"])
 

@@ -6,7 +6,7 @@ XLA writes the scores of every pair of tokens, [B,H,T,T], to memory; the other t
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.choice import Choice
 from attnres_jax.placement import Placement, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "flash")
@@ -21,13 +22,6 @@ LANES = 128
 """Splash tiles time in multiples of these, and takes a head width of half of them or a multiple."""
 TILE = 512
 """Tokens of a tile of queries and of keys, at most: 1 MiB of scores in fp32, which any chip's VMEM holds."""
-
-
-class Choice(NamedTuple):
-    """What runs ("xla", "splash" or "cudnn"), and why."""
-
-    implementation: str
-    reason: str
 
 
 def choose(
@@ -101,17 +95,8 @@ def splash(
         return run(q, k, v, segments)
     batch, heads = placement.spec[0], placement.spec[1]  # T lies there between sublayers, H inside
     spec = P(batch, None, heads)
-    around = jax.sharding.get_abstract_mesh()
-    free = {*placement.mesh.axis_names} - {*around.manual_axes}  # inside a manual region the others
-    mapped = jax.shard_map(
-        run,
-        mesh=around if around.manual_axes else placement.mesh,
-        in_specs=(spec, spec, spec, P(batch)),
-        out_specs=spec,
-        axis_names=free,
-        check_vma=False,  # the kernel does not say along which axes its outputs vary
-    )
-    return mapped(q, k, v, segments)
+    specs = (spec, spec, spec, P(batch))
+    return placement.local(lambda _, *args: run(*args), (), (q, k, v, segments), specs, spec, typed=False)
 
 
 def _flash(on, length, head_width, dtype, segmented):

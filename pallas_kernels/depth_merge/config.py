@@ -1,14 +1,12 @@
 """How a call is tiled: 128 tokens a grid step, some at a time. Limits come from JAX's own chip table."""
 
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.depth_merge.tuned import TUNED
+from pallas_kernels.tpu import chip
 
-TILE = LANES = 128
-ASSUMED_VMEM = 64 << 20
-"""Bytes, where no TPU is named (interpret mode): the least of the chips of today, v4 aside."""
+TILE = 128
 CHUNK = {"forward": 16, "backward": 8}
 """Tokens worked on at once: with more, registers spill (libtpu 0.0.50.1, v5p and v6e, D = 2304)."""
 ARRAYS = {"forward": 6, "backward": 7}
@@ -17,7 +15,7 @@ ARRAYS = {"forward": 6, "backward": 7}
 
 def tpu_config(direction: str, D: int, dtype: DTypeLike, steps: int) -> tuple[int, int, int]:
     """Tokens worked on at once, TensorCores, bytes of VMEM to ask for; `ValueError` if D is too wide."""
-    limit, cores = _chip()
+    limit, cores = chip()
     if (need := _vmem_bytes(direction, D, dtype)) > limit:
         raise ValueError(_too_wide(D, need, limit))
     return TUNED.get((direction, D), CHUNK[direction]), cores if steps % cores == 0 else 1, limit
@@ -25,20 +23,13 @@ def tpu_config(direction: str, D: int, dtype: DTypeLike, steps: int) -> tuple[in
 
 def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
     """Why this TPU cannot run the op in both directions, or None."""
-    limit, _ = _chip()
+    limit, _ = chip()
     need = max(_vmem_bytes(direction, D, dtype) for direction in ARRAYS)
     return _too_wide(D, need, limit) if need > limit else None
 
 
 def _vmem_bytes(direction, D, dtype):
     return 2 * ARRAYS[direction] * TILE * D * jnp.dtype(dtype).itemsize + 128 * D + (1 << 20)
-
-
-def _chip():
-    if not pltpu.is_tpu_device():
-        return int(0.9 * ASSUMED_VMEM), 1
-    info = pltpu.get_tpu_info()
-    return int(0.9 * info.vmem_capacity_bytes), info.num_cores
 
 
 def _too_wide(D, need, limit):

@@ -15,25 +15,15 @@ evenly into at most 8 warpgroups of at most 14; one row of every operand fits th
 all wide operands bf16, or all fp32.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_merge.gpu_row import CHUNK, F32, Row, Tile
+from pallas_kernels.depth_merge.vjp import Forward
 from pallas_kernels.mosaic import PROGRAMS, SHARED_BYTES, run, shaped
 
 MAX_GROUPS, GOOD_CHUNKS, MAX_CHUNKS = 8, 9, 14  # chunks per warpgroup: for occupancy, and before spills
-
-
-class Forward(NamedTuple):
-    """The sublayer's input, the mixture on request, the running sum, and what backward needs."""
-
-    x: Any
-    mixture: Any
-    stream: Any
-    stats: Any
 
 
 def tile_of(stream, inputs, outputs):

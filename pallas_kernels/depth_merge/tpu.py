@@ -6,7 +6,7 @@ is in VMEM once. Statistics of a token are stored `[8, tokens]` and turned into 
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.depth_merge.config import LANES, TILE, tpu_config
+from pallas_kernels.depth_merge.config import TILE, tpu_config
+from pallas_kernels.depth_merge.vjp import Forward
+from pallas_kernels.tpu import LANES, output, params
 
 STATS = 8
 """Rows of statistics: score and rstd of the running sum, its share, rstd of the mixture."""
-
-
-class Forward(NamedTuple):
-    """Input of the sublayer, mixture and new running sum (or None), all [tokens, D]; what backward takes."""
-
-    x: jax.Array
-    mixture: jax.Array | None
-    stream: jax.Array | None
-    stats: jax.Array
 
 
 class Sizes(NamedTuple):
@@ -58,9 +51,9 @@ def forward(
     out = pl.pallas_call(
         functools.partial(_forward_kernel, size, tuple(args), tuple(outs)),
         grid_spec=_grid(size, args, outs, [pltpu.VMEM((TILE, LANES), jnp.float32)] * 2),
-        out_shape=[_out(a, streams) for a, _ in outs.values()],
+        out_shape=[output(a.shape, a.dtype, streams) for a, _ in outs.values()],
         input_output_aliases={2: list(outs).index("p_new")} if y is not None else {},
-        compiler_params=_params(vmem),
+        compiler_params=params(vmem),
         name="depth_merge_forward",
     )(_scalars(j, first, at), *[a for a, _ in args.values()])
     out = {k: v if k == "stats" else v[:tokens] for k, v in zip(outs, out, strict=True)}
@@ -92,9 +85,9 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     out = pl.pallas_call(
         functools.partial(_backward_kernel, size, tuple(args), tuple(outs)),
         grid_spec=_grid(size, args, outs, [pltpu.VMEM((TILE, LANES), jnp.float32)] * 2),
-        out_shape=[_out(a, streams) for a, _ in outs.values()],
+        out_shape=[output(a.shape, a.dtype, streams) for a, _ in outs.values()],
         input_output_aliases={1: 0, 2: 1, 3: 2},
-        compiler_params=_params(vmem),
+        compiler_params=params(vmem),
         name="depth_merge_backward",
     )(_scalars(j, first, at), *[a for a, _ in args.values()])
     out = dict(zip(outs, out, strict=True))
@@ -292,12 +285,3 @@ def _stat(size, rows):
 
 def _whole(size):
     return pl.BlockSpec((1, size.D), lambda c, i, scalars: (0, 0))
-
-
-def _out(a: Any, like):
-    """An output that varies over the mesh axes of `shard_map` that `like` varies over."""
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
-
-
-def _params(vmem):
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem)

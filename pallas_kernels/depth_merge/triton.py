@@ -8,25 +8,14 @@ stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the recipr
 jax-triton 0.4 does not lower under JAX 0.12 and newer, where a call raises. Imports are made by the call.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton import call
+from pallas_kernels.depth_merge.vjp import Forward
+from pallas_kernels.triton import PROGRAMS, call
 
 MAX_D = 16384
-PROGRAMS = 264  # two for each of a Hopper's 132 processors
 F32 = jnp.float32
-
-
-class Forward(NamedTuple):
-    """The sublayer's input, the mixture on request, the running sum, and what backward needs."""
-
-    x: Any
-    mixture: Any
-    stream: Any
-    stats: Any
 
 
 def _check(stream, **wide):

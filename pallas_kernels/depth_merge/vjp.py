@@ -2,14 +2,28 @@
 
 import functools
 import importlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from pallas_kernels.depth_merge.config import TILE
+
 BACKENDS = ("tpu", "gpu", "triton")
-TILE = 128
-"""Tokens. Where it does not divide them the TPU kernel pads, which would copy all that is kept."""
+
+
+class Forward(NamedTuple):
+    """What a backend's `forward` returns, of flat tokens."""
+
+    x: jax.Array
+    """[tokens, D], input of the sublayer."""
+    mixture: jax.Array | None
+    """[tokens, D], before the norm, if it is to be kept."""
+    stream: jax.Array | None
+    """[tokens, D], the new running sum, if `y` was added."""
+    stats: Any
+    """What its `backward` takes."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12, 13))
@@ -90,7 +104,7 @@ def _place(backend, stream, kept, at):
     if kept is None:
         return _flat(stream)[None], jnp.int32(0)
     rows = _rows(kept)
-    if rows.shape[1] % TILE == 0:
+    if rows.shape[1] % TILE == 0:  # else the kernel pads, which would copy all that is kept
         return rows, at
     return jax.lax.dynamic_slice_in_dim(rows, at, 1), jnp.int32(0)
 

@@ -4,16 +4,13 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.depth_mix.tuned import TUNED
+from pallas_kernels.tpu import LANES, chip
 
 GROUP = 16
 """Tokens of one block-diagonal product: the height of a bf16 tile."""
-LANES = 128
-ASSUMED_VMEM = 64 << 20
-"""Bytes, where no TPU is named (interpret mode): the least of the chips of today, v4 aside."""
 
 
 class Config(NamedTuple):
@@ -26,7 +23,7 @@ class Config(NamedTuple):
 
 def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens: int) -> Config:
     """The largest tile that fits. Raises `ValueError` where not even `GROUP` tokens of all sources do."""
-    limit, cores = _chip()
+    limit, cores = chip()
     tile = TUNED.get((direction, S, R, D), LANES)
     while tile > GROUP and vmem_bytes(direction, S, R, D, dtype, tile) > limit:
         tile //= 2
@@ -37,7 +34,7 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
 
 def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:
     """Why this TPU cannot run the op in both directions, or None."""
-    limit, _ = _chip()
+    limit, _ = chip()
     need = max(vmem_bytes(d, S, R, D, dtype, GROUP) for d in ("forward", "backward"))
     return _too_large(S, R, D, need, limit) if need > limit else None
 
@@ -48,13 +45,6 @@ def vmem_bytes(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: i
     rows = 2 * R + 2 * S if direction == "forward" else 5 * R + 2 * S
     between = 4 * GROUP * min(D, 1024) * (2 * S + R) + 4 * GROUP * R * D
     return rows * row + 12 * 8 * math.ceil(S / 8) * D + between + (2 << 20)
-
-
-def _chip():
-    if not pltpu.is_tpu_device():
-        return int(0.9 * ASSUMED_VMEM), 1
-    info = pltpu.get_tpu_info()
-    return int(0.9 * info.vmem_capacity_bytes), info.num_cores
 
 
 def _too_large(S, R, D, need, limit):

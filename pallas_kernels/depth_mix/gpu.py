@@ -26,24 +26,15 @@ Limits: sources bf16, D a multiple of 64, R at most 16 in all. More than 16 quer
 sources are read, and d_sources rounded, once for each 16, and the mixtures are put together by a copy.
 """
 
-from typing import Any, NamedTuple
-
 import jax.numpy as jnp
 
 from pallas_kernels.depth_mix.gpu_backward import apply, dscore
 from pallas_kernels.depth_mix.gpu_forward import mix, score
 from pallas_kernels.depth_mix.gpu_tiles import BF16, F32, TOKENS, Shape, halves
+from pallas_kernels.depth_mix.vjp import Forward
 
 QUERIES = 16  # at once
 ROWS = 16
-
-
-class Forward(NamedTuple):
-    """The mixtures, the log of the sum of exponentials, and what backward needs."""
-
-    mixture: Any
-    lse: Any
-    stats: Any
 
 
 def _shape(w, sources):

@@ -9,27 +9,20 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.depth_mix.config import GROUP, LANES, tpu_config
+from pallas_kernels.depth_mix.config import GROUP, tpu_config
+from pallas_kernels.depth_mix.vjp import Forward
+from pallas_kernels.tpu import LANES, output, params
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 """Contracted dimensions of `a b`, `a b^T` and `a^T b`."""
 ROWS_PER_BLOCK = LANES // GROUP
 WIDTH = 512
 """Columns of a mixture that are computed at once."""
-
-
-class Forward(NamedTuple):
-    """Mixtures [S, tokens, D], log-sum-exp [S, tokens] fp32, and what backward takes."""
-
-    mixture: jax.Array
-    lse: jax.Array
-    stats: jax.Array
 
 
 class Sizes(NamedTuple):
@@ -79,23 +72,24 @@ def forward(w, sources, counts, *, eps) -> Forward:
     """See vjp.py: `w` [S, D] fp32, `sources` arrays [R_k, tokens, D], `counts` None or int32 each."""
     tokens, sources = sources[0].shape[1], _padded(sources)
     size, vmem = _sizes("forward", w, sources, counts, eps)
+    packed = _packed(w, sources[0].dtype, size)
     mixture, lse, stats = pl.pallas_call(
         functools.partial(_forward_kernel, size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(size.cores, size.steps),
-            in_specs=[_whole(_packed(w, sources[0].dtype, size)), *[_hbm()] * len(sources)],
+            in_specs=[_whole(packed), *[_hbm()] * len(sources)],
             out_specs=[_tokens(size), _per_tile(size, size.S8, LANES), _groups(size)],
             scratch_shapes=[_buffer(size, 2, sources[0].dtype), pltpu.SemaphoreType.DMA((2,))],
         ),
         out_shape=[
-            _out((size.S, size.tokens, size.D), sources[0].dtype, sources[0]),
-            _out((size.tokens // size.tile, size.S8, LANES), jnp.float32, sources[0]),
-            _out((size.tokens // GROUP, *size.stats), jnp.float32, sources[0]),
+            output((size.S, size.tokens, size.D), sources[0].dtype, sources[0]),
+            output((size.tokens // size.tile, size.S8, LANES), jnp.float32, sources[0]),
+            output((size.tokens // GROUP, *size.stats), jnp.float32, sources[0]),
         ],
-        compiler_params=_params(vmem),
+        compiler_params=params(vmem),
         name="depth_mix_forward",
-    )(_counts(counts, size), _packed(w, sources[0].dtype, size), *[_grouped(v) for v in sources])
+    )(_counts(counts, size), packed, *[_grouped(v) for v in sources])
     lse = lse[:, : size.S, : size.tile].swapaxes(0, 1).reshape(size.S, size.tokens)
     return Forward(mixture[:, :tokens], lse[:, :tokens], stats)
 
@@ -133,11 +127,11 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
             ],
         ),
         out_shape=[
-            _out((size.cores, size.S8, size.D), jnp.float32, sources[0]),
-            *[_out(_grouped(v).shape, dtype, sources[0]) for v in sources],
+            output((size.cores, size.S8, size.D), jnp.float32, sources[0]),
+            *[output(_grouped(v).shape, dtype, sources[0]) for v in sources],
         ],
         input_output_aliases={5 + many + k: 1 + k for k in range(many)} if add else {},
-        compiler_params=_params(vmem),
+        compiler_params=params(vmem),
         name="depth_mix_backward",
     )(_counts(counts, size), *args)
     d_sources = tuple(d.reshape(len(d), -1, size.D)[:, :tokens] for d in d_sources)
@@ -185,12 +179,12 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
     def sums_in(step, slot):
         return _copies(size, counts, d_sources, sums, added, step, slot)
 
-    def sums_out(step, slot):
+    def sumsoutput(step, slot):
         return _copies(size, counts, d_sources, sums, left, step, slot, out=True)
 
     @pl.when(step >= 2)
     def _():
-        _each(sums_out(step - 2, lax.rem(step + 1, 3)), "wait")
+        _each(sumsoutput(step - 2, lax.rem(step + 1, 3)), "wait")
 
     _prefetch(size, step, copies)
     if add:
@@ -221,13 +215,13 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
         return carry
 
     lax.fori_loop(0, size.groups, group, 0)
-    _each(sums_out(step, third), "start")
+    _each(sumsoutput(step, third), "start")
 
     @pl.when(step == size.steps - 1)
     def _():
-        _each(sums_out(step, third), "wait")
+        _each(sumsoutput(step, third), "wait")
         if size.steps > 1:
-            _each(sums_out(step - 1, lax.rem(step + 2, 3)), "wait")
+            _each(sumsoutput(step - 1, lax.rem(step + 2, 3)), "wait")
 
 
 def _scores(size, w, v):
@@ -298,10 +292,9 @@ def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
     """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
     left = jnp.concatenate([_diagonal(size, weights), jnp.concatenate(pulls, 1)[:, : size.R * GROUP]], 0)
     left = left.T.astype(v.dtype)
-    column = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * (8 - len(shrink))], 0)
-    shrink = jnp.concatenate([column.T[:, b : b + 1] for b in range(size.lanes // LANES)], 0)[
-        : size.R * GROUP
-    ]
+    columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * (8 - len(shrink))], 0).T
+    shrink = jnp.concatenate([columns[:, b : b + 1] for b in range(size.lanes // LANES)], 0)
+    shrink = shrink[: size.R * GROUP]
     for at, width in _columns(size.D):
         cols = pl.ds(at, width)
         right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
@@ -464,12 +457,3 @@ def _per_tile(size, *shape):
 
 def _groups(size):
     return pl.BlockSpec((size.groups, *size.stats), lambda c, i, n: (c * size.steps + i, 0, 0))
-
-
-def _out(shape, dtype, like):
-    """An output that varies over the mesh axes of `shard_map` that `like` varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
-
-
-def _params(vmem):
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem)

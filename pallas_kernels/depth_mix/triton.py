@@ -15,24 +15,14 @@ stats: logits [tokens, R, S] (-inf for a hidden row) and rstd [tokens, R], fp32.
 jax-triton 0.4 does not lower under JAX 0.12 and newer, where a call raises. Imports are made by the call.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton import call
+from pallas_kernels.depth_mix.vjp import Forward
+from pallas_kernels.triton import PROGRAMS, call
 
 ARRAYS, ROWS, QUERIES = 10, 256, 64  # at most
-PROGRAMS = 264  # two for each of a Hopper's 132 processors
 F32 = jnp.float32
-
-
-class Forward(NamedTuple):
-    """The mixtures, the log of the sum of exponentials, and what backward needs."""
-
-    mixture: Any
-    lse: Any
-    stats: Any
 
 
 def _constants(w, sources):

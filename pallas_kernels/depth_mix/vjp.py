@@ -2,12 +2,24 @@
 
 import functools
 import importlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 BACKENDS = ("tpu", "gpu", "triton")
+
+
+class Forward(NamedTuple):
+    """What a backend's `forward` returns, of flat tokens."""
+
+    mixture: jax.Array
+    """[S, tokens, D] in the sources' dtype."""
+    lse: jax.Array
+    """[S, tokens] fp32."""
+    stats: Any
+    """What its `backward` takes."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -1,0 +1,26 @@
+"""What the TPU kernels of both ops share: the chip's limits, from JAX's table, and how a kernel is called."""
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+ASSUMED_VMEM = 64 << 20
+"""Bytes, where no TPU is named (interpret mode): the least of the chips of today, v4 aside."""
+
+
+def chip():
+    """Bytes of VMEM to ask for at most, and TensorCores, of the TPU that is traced for."""
+    if not pltpu.is_tpu_device():
+        return int(0.9 * ASSUMED_VMEM), 1
+    info = pltpu.get_tpu_info()
+    return int(0.9 * info.vmem_capacity_bytes), info.num_cores
+
+
+def output(shape, dtype, like):
+    """An output that varies over the mesh axes of `shard_map` that `like` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def params(vmem):
+    """Of a grid (cores, steps of a core), with `vmem` bytes."""
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem)
