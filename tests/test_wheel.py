@@ -66,6 +66,7 @@ def test_contents(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     modules = {"/".join(("attnres_jax", *parts)) + ".py" for _, parts in test_layout.package_files()}
+    modules |= {str(file.relative_to(ROOT)) for file in (ROOT / "pallas_kernels").rglob("*.py")}
     novels = {f"{name}.txt.xz" for name in (*TRAIN_NOVELS, *HELDOUT_NOVELS)}
     data = {f"attnres_jax/train/austen/{name}" for name in novels | {"README.md"}}
     assert len(novels) == 6
