@@ -3,7 +3,7 @@
 from flax import linen
 from jaxtyping import Array, Float
 
-from attnres_jax import stack
+from attnres_jax import walk
 from attnres_jax.residuals.base import Mix, Scheme
 
 
@@ -22,8 +22,8 @@ class DepthMix(linen.Module):
     sublayers: int
 
     @linen.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> stack.Depth:
+    def __call__(self, x: Float[Array, "B T D"]) -> walk.Depth:
         """Begin a forward pass."""
         initial = self.scheme.init(self.sublayers, x.shape[-1]).named()
         params = {k: self.param(k, lambda key, v=v: v) for k, v in initial.items()}
-        return stack.start(self.scheme, Mix.of(params), self.sublayers, x)
+        return walk.start(self.scheme, Mix.of(params), self.sublayers, x)

@@ -3,7 +3,7 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnres_jax import stack
+from attnres_jax import walk
 from attnres_jax.residuals.base import Mix, Scheme
 
 
@@ -29,6 +29,6 @@ class DepthMix(nnx.Module):
         """The parameters, as `stack.through_depth` takes them."""
         return Mix.of({k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)})
 
-    def __call__(self, x: Float[Array, "B T D"]) -> stack.Depth:
+    def __call__(self, x: Float[Array, "B T D"]) -> walk.Depth:
         """Begin a forward pass."""
-        return stack.start(self.scheme, self.mix, self.sublayers, x)
+        return walk.start(self.scheme, self.mix, self.sublayers, x)

@@ -1,11 +1,11 @@
-"""The loop over depth: `through_depth` for stacked layers, `start` for a model that loops itself.
+"""The loop over depth: `through_depth`, for stacked layers.
 
 Blocks that repeat are compiled once (`append_scan`), and inside a block what repeats is scanned too. Kept for
 the backward pass are the stream before each sublayer and the summaries; the caller's policy rules the rest.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -19,12 +19,11 @@ from jaxtyping import Array, Float
 from attnres_jax.autodiff import Block, append_scan, reverse_only
 from attnres_jax.depth import Rows
 from attnres_jax.placement import Placement
-from attnres_jax.residuals.base import Mix, Norm, PyTree, Read, Scheme
+from attnres_jax.residuals.base import Mix, Norm, PyTree, Scheme
 from attnres_jax.spelling import (
     belonging,
     by_kind,
     check_layers,
-    cut,
     fold,
     join,
     runs,
@@ -33,6 +32,7 @@ from attnres_jax.spelling import (
     stack,
     unfold,
 )
+from attnres_jax.walk import check_mix, start
 
 policies = jax.checkpoint_policies
 
@@ -70,62 +70,6 @@ class DepthOutput(NamedTuple):
     record: Record | None
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["mix", "history", "slots", "stream"],
-    meta_fields=["scheme", "sublayers", "at"],
-)
-@dataclass(frozen=True)
-class Depth:
-    """Where a forward pass is: before sublayer `at` (from 0) of `sublayers`. A value, never mutated."""
-
-    scheme: Scheme
-    sublayers: int
-    at: int
-    mix: Mix
-    history: PyTree
-    slots: tuple = ()  # of the sublayers of this block that are still to come
-    stream: PyTree = None
-
-    def read(self, norm: Norm = lambda h: h) -> Read:
-        """The input of the next sublayer: `.x`, which has passed `norm` if one is given."""
-        self._check(self.slots, "call finish()")
-        return self.scheme.read(self.slots[0], self.history, self.stream, norm)
-
-    def write(self, y: Float[Array, "B T D"]) -> "Depth":
-        """After the sublayer's output `y`; closes its block when it was the last of it."""
-        self._check(self.slots, "one more wrote")
-        stream = self.scheme.write(self.slots[0], self.stream, y)
-        after = replace(self, at=self.at + 1, slots=self.slots[1:], stream=stream)
-        return (
-            after if after.slots else replace(after, history=self.scheme.close(self.history, stream))._open()
-        )
-
-    def finish(self) -> Read:
-        """The output read, which the final norm and the head take."""
-        self._check(not self.slots, "too early to finish")
-        return self.scheme.finish(self.mix.output, self.history)
-
-    def _open(self):
-        if self.at == self.sublayers:
-            return replace(self, stream=None)
-        schedule = self.scheme.schedule(self.sublayers)
-        size = schedule.sizes[schedule.openings.index(self.at)]
-        stacked, history = self.scheme.open(cut(self.mix.sublayers, self.at, size), self.history)
-        slots = tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(size))
-        return replace(self, history=history, slots=slots, stream=self.scheme.begin(history))
-
-    def _check(self, holds, problem):
-        if not holds:
-            raise ValueError(f"{self.at} of {self.sublayers} sublayers are written: {problem}")
-
-
-def start(scheme: Scheme, mix: Mix, sublayers: int, x: Float[Array, "B T D"]) -> Depth:
-    """Begin a forward pass over `sublayers` L sublayers from the embedding `x`; blocks are unrolled."""
-    _check_mix(scheme, mix, sublayers, x)
-    return Depth(scheme, sublayers, 0, mix, scheme.start(x))._open()
-
-
 def through_depth(
     scheme: Scheme,
     mix: Mix,
@@ -151,7 +95,7 @@ def through_depth(
       ValueError: where kinds, layers, mix and x do not fit together.
     """
     check_layers(kinds, layers)
-    _check_mix(scheme, mix, len(kinds), x)
+    check_mix(scheme, mix, len(kinds), x)
     scheme = replace(scheme, implementation=implementation, placement=placement)
     if placement:
         x, layers = placement.leave(x), {k: _placed(layer, placement) for k, layer in layers.items()}
@@ -275,14 +219,3 @@ def _sublayers(steps, kinds, history, stream, own):
             y = jax.tree.map(lambda a: a[None], y)
         ys.append(y)
     return history, stream, ys
-
-
-def _check_mix(scheme, mix, sublayers, x):
-    if jnp.ndim(x) != 3:
-        raise ValueError(f"x must be [batch, time, width], got shape {jnp.shape(x)}")
-    want = jax.eval_shape(lambda: scheme.init(sublayers, x.shape[-1]))
-    if jax.tree.map(jnp.shape, mix) != jax.tree.map(jnp.shape, want):
-        raise ValueError(
-            f"mix has shapes {jax.tree.map(jnp.shape, mix)}, but {scheme} over {sublayers} sublayers of "
-            f"width {x.shape[-1]} has {jax.tree.map(jnp.shape, want)}"
-        )
