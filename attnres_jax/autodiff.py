@@ -24,9 +24,10 @@ class Block(NamedTuple):
 
     `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
     their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
-    step(shared, carry, inputs, row)`: it hands on `shared` unchanged, so that the cotangent of later steps
-    comes in that way, to be added to in place. `row` is None or (array, place): where the value of the
-    carry lies too, so that a kernel need not have it copied out. The last carry is the new row.
+    step(shared, carry, inputs, row)`, with `shared` what `open` returned and the scan's `whole`, as a pair. It
+    hands them on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
+    `row` is None or (array, place): where the value of the carry lies too, so that a kernel need not have it
+    copied out. The last carry is the new row.
     """
 
     open: Callable[..., tuple[Any, Array, list[list[Any]]]]
@@ -38,13 +39,14 @@ class Block(NamedTuple):
         return sum(len(steps) * reps for steps, reps in self.segments) - (self.segments[0][1] == 1)
 
 
-def append_scan(blocks, split, count, rows, xs):
+def append_scan(blocks, split, count, rows, xs, whole):
     """Scan over `blocks`, `reps` times over, each of which appends a row and sees the rows before it.
 
-    Of iteration i, block j takes its part of `split(xs_i)`. Returns the rows and, for each block, segment
-    and step, the stacked y. Kept for the backward pass: the rows, once, for each was written once; the carry
-    before each step, in one array that grows as they do (scans inside scans would copy theirs); what steps
-    keep of their own. What `open` makes is made again.
+    Of iteration i, block j takes its part of `split(xs_i)`. `whole` are arrays [n, ...] of parameters, each
+    row of which one step is to `take`: scans inside scans would copy them, and their gradients, at each
+    level. Returns the rows and, for each block, segment and step, the stacked y. Kept for the backward pass:
+    the rows, once, for each was written once; the carry before each step, in one array that grows as they do;
+    what steps keep of their own. What `open` makes is made again.
     """
     reps = len(jax.tree.leaves(xs)[0])
     kept = lax.empty((reps * sum(block.kept for block in blocks), *rows.shape[1:]), rows.dtype)
@@ -52,7 +54,8 @@ def append_scan(blocks, split, count, rows, xs):
     converted, closed_over = [], []
     for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
         n = jnp.int32(count)
-        shared, carry, inputs = block.open(rows, n, own)  # for its types alone
+        opened, carry, inputs = block.open(rows, n, own)  # for its types alone
+        shared = opened, whole
         start, of_start = jax.closure_convert(block.open, rows, n, own)
         segments, of_steps = [], []
         row = None if block.segments[0][1] == 1 else (kept, n)
@@ -68,33 +71,33 @@ def append_scan(blocks, split, count, rows, xs):
             of_steps.append(list(closed))
         converted.append(Block(start, tuple(segments)))
         closed_over.append([of_start, of_steps])
-    return _append_scan(tuple(converted), split, (count, len(kept)), rows, xs, closed_over)
+    return _append_scan(tuple(converted), split, (count, len(kept)), rows, xs, whole, closed_over)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _append_scan(blocks, split, counts, rows, xs, closed_over):
-    return _append_fwd(blocks, split, counts, rows, xs, closed_over)[0]
+def _append_scan(blocks, split, counts, rows, xs, whole, closed_over):
+    return _append_fwd(blocks, split, counts, rows, xs, whole, closed_over)[0]
 
 
-def _append_fwd(blocks, split, counts, rows, xs, closed_over):
+def _append_fwd(blocks, split, counts, rows, xs, whole, closed_over):
     kept = lax.empty((counts[1], *rows.shape[1:]), rows.dtype)
 
     def body(state, x):
         (rows, n, kept, at), ys, pulls = state, [], []
         for block, own, closed in zip(blocks, split(x), closed_over, strict=True):
-            new, (kept, at), y, pull = _forward(block, closed, rows, n, own, (kept, at))
+            new, (kept, at), y, pull = _forward(block, closed, rows, n, own, whole, (kept, at))
             rows, n = lax.dynamic_update_index_in_dim(rows, new, n, 0), n + 1
             ys.append(y)
             pulls.append(pull)
         return (rows, n, kept, at), (ys, pulls)
 
     (rows, _, kept, _), (ys, pulls) = lax.scan(body, (rows, jnp.int32(counts[0]), kept, jnp.int32(0)), xs)
-    return (rows, ys), (rows, kept, xs, closed_over, pulls)
+    return (rows, ys), (rows, kept, xs, whole, closed_over, pulls)
 
 
-def _forward(block, closed_over, rows, n, own, keep):
+def _forward(block, closed_over, rows, n, own, whole, keep):
     """One block: its last carry, the kept ones, and for each segment and step y and pullback, [reps, ...]."""
-    shared, carry, inputs = block.open(rows, n, own, *closed_over[0])
+    opened, carry, inputs = block.open(rows, n, own, *closed_over[0])
     ys, pulls = [], []
     for s, ((steps, reps), values, closed) in enumerate(
         zip(block.segments, inputs, closed_over[1], strict=True)
@@ -108,7 +111,7 @@ def _forward(block, closed_over, rows, n, own, keep):
                 if not (again and k == 0):
                     kept = lax.dynamic_update_index_in_dim(kept, carry, at, 0)
                     row, at = (kept, at), at + 1
-                args = (shared, carry, value, row, own)
+                args = ((opened, whole), carry, value, row, own)
                 (_, carry, y), pull = jax.vjp(partial(_spread, step), *args, saveable_args=False)
                 ys.append(y)
                 pulls.append(pull)
@@ -125,35 +128,41 @@ def _spread(step, shared, carry, value, row, own):
 
 
 def _append_bwd(blocks, split, counts, residuals, cotangents):
-    rows, kept, xs, closed_over, pulls = residuals
+    rows, kept, xs, whole, closed_over, pulls = residuals
     d_rows, d_ys = cotangents
     of_y = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys)
 
     def body(state, values):
-        (d_rows, d_closed, n, at), (x, pulls, d_ys) = state, values
+        (d_rows, d_whole, d_closed, n, at), (x, pulls, d_ys) = state, values
         d_ys, d_closed = _restore_float0(d_ys, of_y), list(d_closed)
         parts, join = jax.vjp(split, x)
         d_parts = [None] * len(blocks)
         for j in reversed(range(len(blocks))):
             n = n - 1
             d_new = lax.dynamic_index_in_dim(d_rows, n, 0, keepdims=False)
-            args = (blocks[j], closed_over[j], rows, n, parts[j], kept, at, pulls[j], d_rows, d_new, d_ys[j])
-            d_rows, d_parts[j], d_own, at = _backward(*args)
+            args = (blocks[j], closed_over[j], rows, n, parts[j], whole, kept, at, pulls[j])
+            d_rows, d_whole, d_parts[j], d_own, at = _backward(*args, (d_rows, d_whole), d_new, d_ys[j])
             d_closed[j] = jax.tree.map(jnp.add, d_closed[j], d_own)
-        return (d_rows, d_closed, n, at), _drop_float0(join(d_parts)[0])
+        return (d_rows, d_whole, d_closed, n, at), _drop_float0(join(d_parts)[0])
 
-    init = (d_rows, jax.tree.map(jnp.zeros_like, closed_over), jnp.int32(len(rows)), jnp.int32(len(kept)))
-    (d_rows, d_closed, _, _), d_xs = lax.scan(body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True)
+    ends = jnp.int32(len(rows)), jnp.int32(len(kept))
+    init = (d_rows, _unwritten(whole), jax.tree.map(jnp.zeros_like, closed_over), *ends)
+    (d_rows, d_whole, d_closed, *_), d_xs = lax.scan(
+        body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True
+    )
+    d_xs, d_whole = (_restore_float0(d, _tangents(a)) for d, a in ((d_xs, xs), (d_whole, whole)))
     # A new row's own cotangent, used up, stays in d_rows: the transpose of the pad drops it.
-    return d_rows, _restore_float0(d_xs, jax.tree.map(_tangent_aval, xs)), d_closed
+    return d_rows, d_xs, d_whole, d_closed
 
 
-def _backward(block, closed_over, rows, n, own, kept, at, pulls, d_rows, d_carry, d_ys):
-    """The transpose of `_forward`, on what it kept: cotangents of rows (all so far), own, closed_over."""
+def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far, d_carry, d_ys):
+    """The transpose of `_forward`, on what it kept: cotangents of rows and whole (all so far), own,
+    closed_over."""
     opened = jax.vjp(lambda rows, own, closed: block.open(rows, n, own, *closed), rows, own, closed_over[0])
     (shared, first, inputs), pull_open = opened
-    d_shared = _fresh(shared, d_rows)
-    of_shared = jax.tree.map(_tangent_aval, shared)
+    d_rows, d_whole = d_so_far
+    d_shared, shared = (_fresh(shared, d_rows), d_whole), (shared, whole)
+    of_shared = _tangents(shared)
     d_inputs: list[Any] = [None] * len(inputs)
     d_closed: list[Any] = [None] * len(inputs)
     for s in reversed(range(len(inputs))):
@@ -178,13 +187,14 @@ def _backward(block, closed_over, rows, n, own, kept, at, pulls, d_rows, d_carry
             return (d_shared, d_carry, d_closed, at), _drop_float0(d_values)
 
         zeros = jax.tree.map(jnp.zeros_like, closed)
-        of_input = jax.tree.map(_tangent_aval, inputs[s])
+        of_input = _tangents(inputs[s])
         values = (inputs[s], pulls[s], _drop_float0(d_ys[s]))
         state, d_value = _loop(body, (d_shared, d_carry, zeros, at), values, reps, reverse=True)
         d_shared, d_carry, d_closed[s], at = state
         d_inputs[s] = _restore_float0(d_value, of_input)
-    d_rows, d_own, d_start = pull_open((_restore_float0(d_shared, of_shared), d_carry, d_inputs))
-    return d_rows, d_own, [d_start, d_closed], at
+    d_opened, d_whole = d_shared
+    d_rows, d_own, d_start = pull_open((_restore_float0(d_opened, of_shared[0]), d_carry, d_inputs))
+    return d_rows, d_whole, d_own, [d_start, d_closed], at
 
 
 _append_scan.defvjp(_append_fwd, _append_bwd)
@@ -203,12 +213,21 @@ def _fresh(shared, d_rows):
 
     def start(node):
         if isinstance(node, Once):
-            return jax.tree.map(lambda a: lax.empty(a.shape, a.dtype), node)
+            return _unwritten(node)
         aval = _tangent_aval(node)
         return None if aval.dtype == jax.dtypes.float0 else jnp.zeros(aval.shape, aval.dtype)
 
     (_, *others), tree = jax.tree.flatten(shared, is_leaf=lambda node: isinstance(node, Once))
     return jax.tree.unflatten(tree, [d_rows, *map(start, others)])
+
+
+def _unwritten(tree):
+    """Room for the cotangent of what is taken once, row by row: each is written, none is added to."""
+    return jax.tree.map(lambda a: None if _is_discrete(a) else lax.empty(a.shape, a.dtype), tree)
+
+
+def _is_discrete(a):
+    return _tangent_aval(a).dtype == jax.dtypes.float0
 
 
 @jax.custom_vjp
@@ -218,11 +237,18 @@ def take(tree, j):
 
 
 def _take_bwd(j, cotangents):
+    def write(d, row):
+        return d if d.dtype == jax.dtypes.float0 else lax.dynamic_update_index_in_dim(d, row, j, 0)
+
     row, rest = cotangents
-    return jax.tree.map(lambda d, r: lax.dynamic_update_index_in_dim(d, r, j, 0), rest, row), None
+    return jax.tree.map(write, rest, row), None
 
 
 take.defvjp(lambda tree, j: (take(tree, j), j), _take_bwd)
+
+
+def _tangents(tree):
+    return jax.tree.map(_tangent_aval, tree)
 
 
 def _tangent_aval(x):

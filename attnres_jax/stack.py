@@ -16,7 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from attnres_jax.autodiff import Block, append_scan, reverse_only
+from attnres_jax.autodiff import Block, append_scan, reverse_only, take
 from attnres_jax.depth import Rows
 from attnres_jax.placement import Placement
 from attnres_jax.residuals.base import Mix, Norm, PyTree, Scheme
@@ -133,14 +133,14 @@ def _literal(scheme, mix, kinds, layers, x, record):
 
 def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     """Equal consecutive blocks in one scan, the others one by one."""
-    steps = {k: _sublayer(scheme, layer, policy) for k, layer in layers.items()}
+    steps = {k: _sublayer(scheme, layer) for k, layer in layers.items()}
     history, at, parts, whole = scheme.start(x), 0, [], (mix.sublayers, shares)
     for blocks, reps in runs(spell(kinds, scheme.schedule(len(kinds)))):
         scan = reps > 1 and scheme.append_only
         for some, times in [(blocks, reps)] if scan else [([b], 1) for b in blocks * reps]:
             own = partial(belonging, kinds, at, "".join(some) * times)
             if scan:
-                history, aux = _repeat(scheme, steps, some, times, own(whole), history)
+                history, aux = _repeat(scheme, steps, some, times, policy, own(whole), history)
             else:
                 history, aux = _once(scheme, steps, some[0], policy, own, whole, history)
             parts.append(aux)
@@ -149,8 +149,8 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     return DepthOutput(h, join(parts), None)
 
 
-def _sublayer(scheme, layer, policy):
-    """One sublayer of a kind, as `autodiff.Block` and `_sublayers` take it."""
+def _sublayer(scheme, layer):
+    """One sublayer of a kind; `own` are its slot and its share of the layers' parameters and inputs."""
 
     def step(history, stream, own, row=None):
         slot, (params, inputs) = own
@@ -158,15 +158,30 @@ def _sublayer(scheme, layer, policy):
         y, aux = layer.apply(params, read.x, inputs)
         return read.history, scheme.write(slot, read.stream, y), aux
 
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return step
 
 
-def _repeat(scheme, steps, blocks, reps, own, history):
+def _indexed(kind, step):
+    """`step` as `autodiff.Block` takes it: its own is a place in the shares of all layers of the kind."""
+
+    def taking(shared, stream, own, row):
+        (history, whole), (slot, place) = shared, own
+        share, rest = take(whole[kind], place)
+        history, stream, aux = step(history, stream, (slot, share), row)
+        return (history, whole | {kind: rest}), stream, aux
+
+    return taking
+
+
+def _repeat(scheme, steps, blocks, reps, policy, own, history):
     """`reps` times the same blocks over an append-only history: one body, one array of rows."""
+    steps = {k: _checkpoint(_indexed(k, step), policy) for k, step in steps.items()}
+    mix, shares = own
+    places = {k: jnp.arange("".join(blocks).count(k) * reps) for k in shares}
 
     def split(own):
-        places = accumulate(map(len, blocks), initial=0)
-        return [belonging("".join(blocks), at, b, own) for at, b in zip(places, blocks, strict=False)]
+        starts = accumulate(map(len, blocks), initial=0)
+        return [belonging("".join(blocks), at, b, own) for at, b in zip(starts, blocks, strict=False)]
 
     def block(kinds):
         def start(rows, n, own):
@@ -176,7 +191,9 @@ def _repeat(scheme, steps, blocks, reps, own, history):
         return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in runs(kinds)))
 
     rows = jnp.concatenate([r.array for r in history])
-    rows, ys = append_scan([block(b) for b in blocks], split, len(rows), rows, fold(own, reps))
+    rows, ys = append_scan(
+        [block(b) for b in blocks], split, len(rows), rows, fold((mix, places), reps), shares
+    )
     return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))
 
 
@@ -184,6 +201,7 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     """A block as it is. Sliced inside the checkpoint, so that no copy of the parameters is kept; what an
     append-only history already held is not an output, or it would be kept twice."""
     held = len(history) if scheme.append_only else 0
+    steps = {k: _checkpoint(step, policy) for k, step in steps.items()}
 
     def block(history, whole):
         mix, shares = own(whole)
@@ -195,6 +213,10 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     policy = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
     after, aux = jax.checkpoint(block, policy=policy)(history, whole)
     return (*history, *after) if held else after, aux
+
+
+def _checkpoint(step, policy):
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
 def _sublayers(steps, kinds, history, stream, own):
