@@ -24,8 +24,8 @@ class Block(NamedTuple):
 
     `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
     their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
-    step(shared, carry, inputs, row)`, with `shared` what `open` returned and the scan's `whole`, as a pair. It
-    hands them on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
+    step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
+    hands both on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
     `row` is None or (array, place): where the value of the carry lies too, so that a kernel need not have it
     copied out. The last carry is the new row.
     """
