@@ -26,8 +26,8 @@ class Block(NamedTuple):
     their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
     step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
     hands both on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
-    `row` is None or (array, place): where the value of the carry lies too, so that a kernel need not have it
-    copied out. The last carry is the new row.
+    `row` is None or (array, place): where the value of the carry lies too (but for the block's first, which
+    `open` makes), so that a kernel need not have it copied out. The last carry is the new row.
     """
 
     open: Callable[..., tuple[Any, Array, list[list[Any]]]]
@@ -35,8 +35,8 @@ class Block(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Carries to keep: one before each step, but for a first one that `open` makes again."""
-        return sum(len(steps) * reps for steps, reps in self.segments) - (self.segments[0][1] == 1)
+        """Carries to keep: one before each step, but for the first one, which `open` makes again."""
+        return sum(len(steps) * reps for steps, reps in self.segments) - 1
 
 
 def append_scan(blocks, split, count, rows, xs, whole):
@@ -102,22 +102,22 @@ def _forward(block, closed_over, rows, n, own, whole, keep):
     for s, ((steps, reps), values, closed) in enumerate(
         zip(block.segments, inputs, closed_over[1], strict=True)
     ):
-        made_again = s == 0 and reps == 1
 
-        def body(state, values, steps=steps, closed=closed, again=made_again):
-            (carry, kept, at), ys, pulls = state, [], []
+        def body(state, values, steps=steps, closed=closed, s=s, reps=reps):
+            (carry, kept, at), (r, values), ys, pulls = state, values, [], []
             for k, (step, value, own) in enumerate(zip(steps, values, closed, strict=True)):
-                row = None
-                if not (again and k == 0):
+                row, begins = None, s == k == 0
+                if not begins or reps > 1:
                     kept = lax.dynamic_update_index_in_dim(kept, carry, at, 0)
-                    row, at = (kept, at), at + 1
+                    # The block's first carry may be written over by the next.
+                    row, at = (kept, at), at + (r > 0 if begins else 1)
                 args = ((opened, whole), carry, value, row, own)
                 (_, carry, y), pull = jax.vjp(partial(_spread, step), *args, saveable_args=False)
                 ys.append(y)
                 pulls.append(pull)
             return (carry, kept, at), (ys, pulls)
 
-        (carry, *keep), (y, pull) = _loop(body, (carry, *keep), values, reps)
+        (carry, *keep), (y, pull) = _loop(body, (carry, *keep), (jnp.arange(reps), values), reps)
         ys.append(y)
         pulls.append(pull)
     return carry, keep, ys, pulls
@@ -167,18 +167,17 @@ def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far
     d_closed: list[Any] = [None] * len(inputs)
     for s in reversed(range(len(inputs))):
         (steps, reps), closed = block.segments[s], closed_over[1][s]
-        made_again = s == 0 and reps == 1
-
         of_y = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys[s])
 
-        def body(state, values, steps=steps, closed=closed, made_again=made_again, of_y=of_y):
-            (d_shared, d_carry, d_closed, at), (values, pulls, d_ys) = state, values
+        def body(state, values, steps=steps, closed=closed, s=s, reps=reps, of_y=of_y):
+            (d_shared, d_carry, d_closed, at), (r, values, pulls, d_ys) = state, values
             d_values, d_closed = [None] * len(steps), list(d_closed)
             for k in reversed(range(len(steps))):
-                again = made_again and k == 0
-                at = at if again else at - 1
-                carry = first if again else lax.dynamic_index_in_dim(kept, at, 0, keepdims=False)
-                row = None if again else (kept, at)
+                carry, row, begins = first, None, s == k == 0
+                if not begins or reps > 1:
+                    at = at - (r > 0 if begins else 1)
+                    carry, row = lax.dynamic_index_in_dim(kept, at, 0, keepdims=False), (kept, at)
+                    carry = jnp.where(r > 0, carry, first) if begins else carry
                 args = (shared, carry, values[k], row, closed[k])
                 pull = pulls[k].replace(args_res=jax.tree.leaves(args))
                 d_out = (_restore_float0(d_shared, of_shared), d_carry, _restore_float0(d_ys[k], of_y[k]))
@@ -188,7 +187,7 @@ def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far
 
         zeros = jax.tree.map(jnp.zeros_like, closed)
         of_input = _tangents(inputs[s])
-        values = (inputs[s], pulls[s], _drop_float0(d_ys[s]))
+        values = (jnp.arange(reps), inputs[s], pulls[s], _drop_float0(d_ys[s]))
         state, d_value = _loop(body, (d_shared, d_carry, zeros, at), values, reps, reverse=True)
         d_shared, d_carry, d_closed[s], at = state
         d_inputs[s] = _restore_float0(d_value, of_input)

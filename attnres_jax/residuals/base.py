@@ -91,7 +91,8 @@ class Scheme(ABC):
 
     @abstractmethod
     def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm, row: Any = None) -> Read:
-        """What the sublayer sees. `row` (array, place): where the loop has the stream too, for kernels."""
+        """What the sublayer sees. `row` (array, place): where the loop has the stream too, but for a block's
+        first, for kernels."""
 
     @abstractmethod
     def write(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
