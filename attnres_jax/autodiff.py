@@ -49,8 +49,10 @@ def append_scan(blocks, split, count, rows, xs, whole):
     what steps keep of their own. What `open` makes is made again.
     """
     reps = len(jax.tree.leaves(xs)[0])
-    kept = lax.empty((reps * sum(block.kept for block in blocks), *rows.shape[1:]), rows.dtype)
-    rows = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
+    count_kept = reps * sum(block.kept for block in blocks)
+    # One more, where the last step of a block is one of a scan: it stores its carry too, which is a row.
+    kept = lax.empty((count_kept + (blocks[-1].segments[-1][1] > 1), *rows.shape[1:]), rows.dtype)
+    first, rows = rows, _room(rows, len(blocks) * reps)
     converted, closed_over = [], []
     for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
         n = jnp.int32(count)
@@ -71,7 +73,9 @@ def append_scan(blocks, split, count, rows, xs, whole):
             of_steps.append(list(closed))
         converted.append(Block(start, tuple(segments)))
         closed_over.append([of_start, of_steps])
-    return _append_scan(tuple(converted), split, (count, len(kept)), rows, xs, whole, closed_over)
+    return _append_scan(
+        tuple(converted), split, (count, count_kept, len(kept)), first, xs, whole, closed_over
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -80,7 +84,10 @@ def _append_scan(blocks, split, counts, rows, xs, whole, closed_over):
 
 
 def _append_fwd(blocks, split, counts, rows, xs, whole, closed_over):
-    kept = lax.empty((counts[1], *rows.shape[1:]), rows.dtype)
+    kept = lax.empty((counts[2], *rows.shape[1:]), rows.dtype)
+    if any(block.segments[0][1] > 1 for block in blocks):  # see `_forward`; else XLA writes zeros to it all
+        kept = lax.dynamic_update_slice_in_dim(lax.optimization_barrier(kept), jnp.zeros_like(rows[:1]), 0, 0)
+    rows = _room(rows, len(blocks) * len(jax.tree.leaves(xs)[0]))
 
     def body(state, x):
         (rows, n, kept, at), ys, pulls = state, [], []
@@ -95,6 +102,11 @@ def _append_fwd(blocks, split, counts, rows, xs, whole, closed_over):
     return (rows, ys), (rows, kept, xs, whole, closed_over, pulls)
 
 
+def _room(rows, more):
+    """`rows`, and `more` of zeros: what nobody sees yet meets weights of zero, so it must be numbers."""
+    return jnp.pad(rows, [(0, more)] + [(0, 0)] * (rows.ndim - 1))
+
+
 def _forward(block, closed_over, rows, n, own, whole, keep):
     """One block: its last carry, the kept ones, and for each segment and step y and pullback, [reps, ...]."""
     opened, carry, inputs = block.open(rows, n, own, *closed_over[0])
@@ -106,15 +118,16 @@ def _forward(block, closed_over, rows, n, own, whole, keep):
         def body(state, values, steps=steps, closed=closed, s=s, reps=reps):
             (carry, kept, at), (r, values), ys, pulls = state, values, [], []
             for k, (step, value, own) in enumerate(zip(steps, values, closed, strict=True)):
-                row, begins = None, s == k == 0
-                if not begins or reps > 1:
-                    kept = lax.dynamic_update_index_in_dim(kept, carry, at, 0)
-                    # The block's first carry may be written over by the next.
-                    row, at = (kept, at), at + (r > 0 if begins else 1)
+                # Of the first step in a scan this is another's carry, or zeros: numbers, at least.
+                row = None if reps == 1 and s == k == 0 else (kept, jnp.maximum(at - 1, 0))
                 args = ((opened, whole), carry, value, row, own)
                 (_, carry, y), pull = jax.vjp(partial(_spread, step), *args, saveable_args=False)
                 ys.append(y)
                 pulls.append(pull)
+                ends = s == len(block.segments) - 1 and k == len(steps) - 1
+                if not ends or reps > 1:
+                    kept = lax.dynamic_update_index_in_dim(kept, carry, at, 0)
+                    at = at + (r < reps - 1 if ends else 1)
             return (carry, kept, at), (ys, pulls)
 
         (carry, *keep), (y, pull) = _loop(body, (carry, *keep), (jnp.arange(reps), values), reps)
@@ -145,14 +158,14 @@ def _append_bwd(blocks, split, counts, residuals, cotangents):
             d_closed[j] = jax.tree.map(jnp.add, d_closed[j], d_own)
         return (d_rows, d_whole, d_closed, n, at), _drop_float0(join(d_parts)[0])
 
-    ends = jnp.int32(len(rows)), jnp.int32(len(kept))
+    ends = jnp.int32(len(rows)), jnp.int32(counts[1])
     init = (d_rows, _unwritten(whole), jax.tree.map(jnp.zeros_like, closed_over), *ends)
     (d_rows, d_whole, d_closed, *_), d_xs = lax.scan(
         body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True
     )
     d_xs, d_whole = (_restore_float0(d, _tangents(a)) for d, a in ((d_xs, xs), (d_whole, whole)))
-    # A new row's own cotangent, used up, stays in d_rows: the transpose of the pad drops it.
-    return d_rows, d_xs, d_whole, d_closed
+    # New rows' own cotangents are used up.
+    return lax.optimization_barrier(d_rows[: counts[0]]), d_xs, d_whole, d_closed
 
 
 def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far, d_carry, d_ys):

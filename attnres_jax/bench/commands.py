@@ -59,10 +59,12 @@ def _traffic_arguments(parser):
     text = "devices that the parameters are cut over, for models that one does not hold (default 1)"
     parser.add_argument("--fsdp", type=whole, default=1, metavar="N", help=text)
     parser.add_argument("--keep", metavar="DIR", help="folder for the compiled programs' text")
+    text = "compile the plain arm and the kernels' only: the other is the slowest to compile"
+    parser.add_argument("--without-xla", action="store_true", help=text)
 
 
 def _traffic(args):
-    _exit(target.run("traffic", [json.dumps(_plain(args))]))
+    _exit(target.run("traffic", [json.dumps(_plain(args))], target.WHOLE_PRODUCTS))
 
 
 def _step_arguments(parser):

@@ -33,6 +33,10 @@ SLICES = {
 }
 """Names that libtpu knows, by chip and number of devices; 7x has two devices a chip."""
 
+WHOLE_PRODUCTS = {"LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"}
+"""Parameters are gathered whole before a product. Cut into windows, products would trade HBM bytes, which are
+counted, for overlap with the links, which is not: 141 units a sublayer instead of 104 on four v6e."""
+
 
 def run(module: str, words: Sequence[str], environment: dict[str, str] | None = None) -> int:
     """`python -m attnres_jax.bench.<module> <words>` where JAX compiles for TPUs; its exit code.

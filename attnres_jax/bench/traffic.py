@@ -39,7 +39,9 @@ class Compiled(NamedTuple):
 
     text: str
     temporaries: int
-    """Bytes of temporary buffers at the peak, of one device."""
+    """Bytes that are live at the peak beyond the arguments, of one device."""
+    heap: int
+    """Bytes of the heap that the compiler lays these out in, with what lies idle between them."""
     seconds: float
     """That the compiler took."""
 
@@ -79,7 +81,8 @@ def compiled(config: Config, devices: list[Any], implementation: str | None = No
     text, memory = program.as_text(), program.memory_analysis()
     if text is None or memory is None:
         raise UserError("this compiler does not tell what it made: use the libtpu of requirements/tpu.txt")
-    return Compiled(text, memory.temp_size_in_bytes, time.monotonic() - start)
+    peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    return Compiled(text, peak, memory.temp_size_in_bytes, time.monotonic() - start)
 
 
 def wide(row: Row, batch: int, length: int, width: int) -> bool:
@@ -120,6 +123,7 @@ def measure(program: Compiled, shape: dict[str, Any], chip: Chip) -> dict[str, A
         "attributed_by_kind": _by_kind(path, td * sublayers),
         "roofline_seconds": cost.seconds(rows, chip),
         "temporaries_td": program.temporaries / td,
+        "heap_td": program.heap / td,
         "compile_seconds": round(program.seconds, 1),
         "largest": [_line(row, td, sublayers) for row in sorted(path, key=lambda r: -r.bytes)[:LARGEST]],
     }
@@ -157,6 +161,7 @@ def against_plain(arms: dict[str, Any], shape: dict[str, Any], chip: Chip) -> No
         arm["residual_over_bound"] = path / least.recomputed
         arm["time_over_plain"] = arm["roofline_seconds"] / plain["roofline_seconds"]
         arm["temporaries_over_plain_td"] = arm["temporaries_td"] - plain["temporaries_td"]
+        arm["heap_over_plain_td"] = arm["heap_td"] - plain["heap_td"]
     plain["residual_over_bound"] = None
     plain["bound"] = {
         "td_per_sublayer": {"phase 1 kept": least.kept, "phase 1 recomputed": least.recomputed},
@@ -170,7 +175,7 @@ def against_plain(arms: dict[str, Any], shape: dict[str, Any], chip: Chip) -> No
 def table(whole: dict[str, Any]) -> str:
     """The arms in Markdown, and the bound."""
     lines = [
-        "| arm | residual path | over the bound | whole step | roofline ms | over plain | temporaries |",
+        "| arm | residual path | over the bound | whole step | roofline ms | over plain | temporaries (heap) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, arm in whole["arms"].items():
@@ -178,11 +183,11 @@ def table(whole: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {arm['residual_td_per_sublayer']:.1f} | {f'{over:.2f}x' if over else ''} "
             f"| {arm['td_per_sublayer']:.1f} | {1e3 * arm['roofline_seconds']:.1f} "
-            f"| {arm['time_over_plain']:.3f} | {arm['temporaries_td']:.0f} |"
+            f"| {arm['time_over_plain']:.4f} | {arm['temporaries_td']:.0f} ({arm['heap_td']:.0f}) |"
         )
     least = whole["bound"]
     kept, again = least["td_per_sublayer"].values()
-    lines.append(f"| bound | {again:.1f} ({kept:.1f} if kept) | | | | {least['time_over_plain']:.3f} | |")
+    lines.append(f"| bound | {again:.1f} ({kept:.1f} if kept) | | | | {least['time_over_plain']:.4f} | |")
     return "\n".join(lines)
 
 
@@ -193,7 +198,8 @@ def main(words: list[str]) -> int:
     try:
         devices = target.devices(args["chip"], args["fsdp"])
         chip = target.chip(devices[0])
-        found = {name: _arm(args, shape, name, devices, chip) for name in ARMS}
+        names = [name for name, (_, how) in ARMS.items() if how != "xla" or not args["without_xla"]]
+        found = {name: _arm(args, shape, name, devices, chip) for name in names}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
