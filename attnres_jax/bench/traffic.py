@@ -175,7 +175,7 @@ def against_plain(arms: dict[str, Any], shape: dict[str, Any], chip: Chip) -> No
 def table(whole: dict[str, Any]) -> str:
     """The arms in Markdown, and the bound."""
     lines = [
-        "| arm | residual path | over the bound | whole step | roofline ms | over plain | temporaries (heap) |",
+        "| arm | residual path | of the bound | whole step | roofline ms | over plain | temporaries (heap) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, arm in whole["arms"].items():
