@@ -144,15 +144,38 @@ def _inspect_arguments(parser):
     which.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a run")
     text = "of the mesh (default: those of this machine); they need not be there"
     parser.add_argument("--devices", type=_whole, metavar="N", help=text)
+    text = (
+        "draw the timetable of a pipeline of P stages, V virtual stages each, M microbatches, such as 4x2x8"
+    )
+    parser.add_argument("--pipeline", type=_pipeline, metavar="PxVxM", help=text)
+    parser.add_argument("--out", type=Path, metavar="PNG", help="with --pipeline: also as a figure")
+
+
+def _pipeline(text):
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not stages x virtual stages x microbatches, such as 4x2x8"
+        )
+    return tuple(map(int, numbers))
 
 
 def _inspect(args):
+    if args.out and not args.pipeline:
+        raise configs.UserError("--out goes with --pipeline: what is printed without it has no figure")
     if args.config:
         config = configs.load(args.config, args.overrides)
     else:
         from attnres_jax.train.workdir import load_config
 
         config = load_config(args.workdir)
+    if args.pipeline:
+        _inspect_pipeline(config, args.pipeline, args.out)
+    else:
+        _inspect_model(config, args.devices)
+
+
+def _inspect_model(config, devices):
     import jax
 
     from attnres_jax.analysis import inspect
@@ -160,8 +183,21 @@ def _inspect(args):
     from attnres_jax.train.data import open_corpus
 
     vocab = open_corpus(config.data.corpus).vocab
-    budget.report(config, vocab, args.devices or len(jax.devices()))
+    budget.report(config, vocab, devices or len(jax.devices()))
     inspect.report(configs.model_config(config, vocab), config.data.length)
+
+
+def _inspect_pipeline(config, counts, out):
+    stages, virtual_stages, microbatches = counts
+    from attnres_jax.analysis import pipeline
+    from attnres_jax.parallel.timetable import Chunks, Timetable
+
+    scheme, sublayers = configs.model_config(config, 1).scheme, 2 * config.model.blocks
+    try:
+        chunks = Chunks(sublayers, scheme.schedule(sublayers).block_size, stages, virtual_stages)
+        pipeline.report(chunks, Timetable(stages, virtual_stages, microbatches), out)
+    except ValueError as error:
+        raise configs.UserError(str(error)) from None
 
 
 def _data_arguments(parser):

@@ -48,7 +48,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
     """Bits per byte against the step: the whole run, and its second half close up."""
-    figure = _figure(10.0, 4.0)
+    figure = blank(10.0, 4.0)
     whole, end = figure.subplots(1, 2)
     last = max(max(line.x) for line in train)
     for axes in (whole, end):
@@ -67,7 +67,7 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
 
 def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]) -> Figure:
     """Output RMS and gradient norm of every sublayer."""
-    figure = _figure(10.0, 4.0)
+    figure = blank(10.0, 4.0)
     left, right = figure.subplots(1, 2)
     for axes, lines in ((left, output_rms), (right, gradient_norm)):
         last = max(max(line.x) for line in lines)
@@ -90,7 +90,7 @@ def weight_heatmap(
     """
     table, columns = _by_source(np.asarray(weights), schedule)
     letters = list(dict.fromkeys(kinds))
-    figure = _figure(max(5.0, 4.6 * len(letters)), 4.6)
+    figure = blank(max(5.0, 4.6 * len(letters)), 4.6)
     panels = np.atleast_1d(figure.subplots(1, len(letters)))
     for letter, axes in zip(letters, panels, strict=True):
         reads = [at for at, kind in enumerate(kinds) if kind == letter]
@@ -110,7 +110,7 @@ def weight_heatmap(
 
 def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: str) -> Figure:
     """M of one token, side by side: the weight of every output v_i in every read h_l."""
-    figure = _figure(max(5.0, 3.7 * len(matrices) + 0.7), 4.4, "compressed")
+    figure = blank(max(5.0, 3.7 * len(matrices) + 0.7), 4.4, "compressed")
     panels = np.atleast_1d(figure.subplots(1, len(matrices)))
     for (label, matrix), axes in zip(matrices.items(), panels, strict=True):
         reads = len(matrix)
@@ -126,9 +126,10 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
     return figure
 
 
-def _figure(
+def blank(
     width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Figure:
+    """An empty figure, in inches."""
     figure = Figure((width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
