@@ -1,24 +1,41 @@
-"""How a call is tiled: 128 tokens a grid step, some at a time. Limits come from JAX's own chip table."""
+"""How a call is tiled: tokens a grid step, some at a time. Limits come from JAX's own chip table."""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.depth_merge.tuned import TUNED
-from pallas_kernels.tpu import chip
+from pallas_kernels.tpu import LANES, chip
 
-TILE = 128
-CHUNK = {"forward": 16, "backward": 8}
-"""Tokens worked on at once: with more, registers spill (libtpu 0.0.50.1, v5p and v6e, D = 2304)."""
+TILES = (512, 256, 128)
+ELEMENTS = 512 * 1024
+"""Of an array in a grid step, unless 128 tokens have more: a step costs about 400 cycles, however narrow."""
+CHUNK = {"forward": 128, "backward": 32}
+"""Tokens worked on at once: fewer spill less and take longer (libtpu 0.0.50.1, v5p and v6e)."""
 ARRAYS = {"forward": 6, "backward": 7}
 """[tokens, D] that are copied in or out, options included."""
 
 
-def tpu_config(direction: str, D: int, dtype: DTypeLike, steps: int) -> tuple[int, int, int]:
-    """Tokens worked on at once, TensorCores, bytes of VMEM to ask for; `ValueError` if D is too wide."""
+class Config(NamedTuple):
+    """Tokens of a grid step, tokens worked on at once, TensorCores, and bytes of VMEM to ask for."""
+
+    tile: int
+    chunk: int
+    cores: int
+    vmem: int
+
+
+def tpu_config(direction: str, D: int, dtype: DTypeLike, tokens: int) -> Config:
+    """For a number of tokens that 128 divides; `ValueError` if D is too wide."""
     limit, cores = chip()
     if (need := _vmem_bytes(direction, D, dtype)) > limit:
         raise ValueError(_too_wide(D, need, limit))
-    return TUNED.get((direction, D), CHUNK[direction]), cores if steps % cores == 0 else 1, limit
+    tile = next(t for t in TILES if tokens % t == 0 and (t == LANES or t * D <= ELEMENTS))
+    steps = tokens // tile
+    return Config(
+        tile, TUNED.get((direction, D), CHUNK[direction]), cores if steps % cores == 0 else 1, limit
+    )
 
 
 def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
@@ -29,11 +46,14 @@ def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
 
 
 def _vmem_bytes(direction, D, dtype):
-    return 2 * ARRAYS[direction] * TILE * D * jnp.dtype(dtype).itemsize + 128 * D + (1 << 20)
+    """Of the largest tile."""
+    elements = max(LANES * D, ELEMENTS)
+    sums = 5 * 4 * LANES * max(LANES, min(TILES[0], ELEMENTS // D))
+    return 2 * ARRAYS[direction] * elements * jnp.dtype(dtype).itemsize + sums + 128 * D + (1 << 20)
 
 
 def _too_wide(D, need, limit):
     return (
-        f"depth_merge holds {TILE} tokens of width D = {D} of up to {ARRAYS['backward']} arrays in VMEM: "
+        f"depth_merge holds {LANES} tokens of width D = {D} of up to {ARRAYS['backward']} arrays in VMEM: "
         f"{need / 2**20:.0f} MiB, the limit is {limit / 2**20:.0f} MiB. Use a smaller width, or no kernel"
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from pallas_kernels.depth_merge.config import TILE
+from pallas_kernels.tpu import LANES
 
 BACKENDS = ("tpu", "gpu", "triton")
 
@@ -104,7 +104,7 @@ def _place(backend, stream, kept, at):
     if kept is None:
         return _flat(stream)[None], jnp.int32(0)
     rows = _rows(kept)
-    if rows.shape[1] % TILE == 0:  # else the kernel pads, which would copy all that is kept
+    if rows.shape[1] % LANES == 0:  # else the kernel pads, which would copy all that is kept
         return rows, at
     return jax.lax.dynamic_slice_in_dim(rows, at, 1), jnp.int32(0)
 
