@@ -48,8 +48,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["nothing", "dots", "everything"] = "nothing"
     attention: Literal["auto", "xla", "flash"] = "auto"
-    residual: str = "block"
+    residual: str = residuals.DEFAULT
     block_size: int = 8
+    streams: int = 4
 
     @property
     def kinds(self) -> str:
@@ -69,8 +70,8 @@ class ModelConfig:
     @property
     def scheme(self) -> Scheme:
         """The residual scheme."""
-        size, eps = self.block_size, self.key_norm_eps
-        return residuals.make(self.residual, block_size=size, eps=eps)
+        same = {key: getattr(self, key) for key in residuals.OPTIONS if key != "eps"}
+        return residuals.make(self.residual, eps=self.key_norm_eps, **same)
 
 
 class Hidden(NamedTuple):

@@ -1,0 +1,143 @@
+"""Every residual scheme: M v = h, scanned as literal, gradients at depth, step 0 as its paper says."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import toys
+
+from attnres_jax import residuals
+from attnres_jax.analysis import matrix
+from attnres_jax.residuals.base import Mix
+
+KINDS = "amkmamk"
+D = 8
+SCHEMES = list(residuals.SCHEMES)
+every = pytest.mark.parametrize("name", SCHEMES)
+
+
+def make(name, L=len(KINDS), **options):
+    return residuals.make(name, **{"block_size": 3, "sublayers": L} | options)
+
+
+def drawn(scheme, kinds=KINDS, seed=0, spread=0.3, **shape) -> toys.Toy:
+    """A toy whose scheme is well away from its start, yet near enough to be well conditioned."""
+    rng = np.random.default_rng(seed)
+    blank = toys.toy(toys.make("plain", 1), kinds, seed=seed, **{"D": D} | shape)
+    mix = jax.tree.map(lambda a: np.asarray(a), scheme.init(len(kinds), blank.x.shape[-1]))
+
+    def away(path, a):
+        matrices = ">" in scheme.axes.get(path[-1].key, "")
+        return (a + toys.draw(rng, a.shape, spread * (a.shape[-2] ** -0.5 if matrices else 1))).astype(
+            "float32"
+        )
+
+    return blank._replace(mix=jax.tree.map_with_path(away, mix)._asdict())
+
+
+def started(scheme, kinds=KINDS, **shape) -> toys.Toy:
+    """The same sublayers under the scheme as it is initialised."""
+    blank = drawn(scheme, kinds, **shape)
+    return blank._replace(mix=scheme.init(len(kinds), blank.x.shape[-1])._asdict())
+
+
+@cache
+def recorded(name, seed=0, L=len(KINDS)):
+    """The record of a drawn toy, in fp64."""
+    scheme, kinds = make(name, L), (KINDS * L)[:L]
+    with jax.enable_x64(True):
+        toy = toys.cast(drawn(scheme, kinds, seed), "float64")
+        run = jax.jit(lambda toy: toys.run(scheme, kinds, toy, record=True), compiler_options=toys.QUICK)
+        return scheme, run(toy).record
+
+
+@every
+def test_matrix_times_outputs_is_mixtures(name, x64):
+    scheme, record = recorded(name)
+    h = jax.jit(lambda record: matrix.apply(scheme, record, record.outputs))(record)
+    np.testing.assert_allclose(h, record.mixtures, rtol=0, atol=1e-10)
+    diagonal = np.asarray(jax.jit(lambda record: matrix.diagonal(scheme, record))(record))
+    L1, B, T, G = len(KINDS) + 1, *record.outputs.shape[1:3], diagonal.shape[-1]
+    assert diagonal.shape == (L1, L1, B, T, G)
+    assert not diagonal[~np.tri(L1, dtype=bool)].any()
+    if scheme.matrices:
+        with pytest.raises(ValueError, match="D x D"):
+            matrix.depth_matrix(scheme, record)
+        return
+    product = np.einsum("libtg,ibtd->lbtd", diagonal, record.outputs) if G == 1 else None
+    product = np.einsum("libtd,ibtd->lbtd", diagonal, record.outputs) if G == D else product
+    np.testing.assert_allclose(product, record.mixtures, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in ("plain", "full", "block")])
+def test_scanned_is_literal(name, x64):
+    """Values and every gradient, in fp64; those of AttnRes are in test_stack.py."""
+    kinds = "mkmkm"
+    scheme = make(name, len(kinds))
+    toy = toys.cast(drawn(scheme, kinds, B=1, T=2), "float64")
+    scanned, literal = (
+        toys.value_and_gradient(lambda toy, i=i: toys.run(scheme, kinds, toy, implementation=i))(toy)
+        for i in (None, "reference")
+    )
+    oracle.assert_close(scanned, literal, 1e-11)
+
+
+DEEP = 128
+
+
+@pytest.mark.slow
+@every
+def test_gradients_are_finite_at_depth(name):
+    """128 sublayers, fp32, as initialised; every parameter of the scheme matters somewhere."""
+    kinds = "am" * (DEEP // 2)
+    scheme = make(name, DEEP, block_size=16)
+    toy = toys.cast(started(scheme, kinds, B=1, T=2), "float32")
+    gradient = toys.value_and_gradient(lambda toy: toys.run(scheme, kinds, toy))(toy)["gradient"]
+    for leaf in jax.tree.leaves(gradient):
+        assert np.isfinite(leaf).all()
+    assert np.abs(gradient.x).max() > 1e-6
+
+
+RANKS = {"plain": 1, "rezero": 1, "layerscale": 1, "hc": 4, "hc_static": 4}
+
+
+@every
+def test_semiseparable_rank(name):
+    """As the theory has it, of every token and some channels."""
+    scheme, record = recorded(name, L=12)
+    with jax.enable_x64(True):
+        M = np.asarray(jax.jit(lambda record: matrix.diagonal(scheme, record))(record))
+    ranks = {
+        matrix.rank(M[:, :, b, t, g]) for b in range(2) for t in range(2) for g in range(min(2, M.shape[-1]))
+    }
+    assert max(ranks) <= 12
+    if name in RANKS:
+        assert ranks == {RANKS[name]}
+
+
+def h_of(scheme, toy, kinds=KINDS):
+    return toys.run(scheme, kinds, toy, implementation="reference", record=True).record
+
+
+@pytest.mark.parametrize("name", ["hc", "hc_static"])
+def test_hyper_connections_start_as_the_pre_norm_residual(name, x64):
+    """Every read; the output read sums the m streams, which the final norm undoes."""
+    scheme, plain = make(name), make("plain")
+    toy = toys.cast(started(scheme), "float64")
+    got, want = h_of(scheme, toy), h_of(plain, toy._replace(mix=Mix({}, {})._asdict()))
+    oracle.assert_close(got.mixtures[:-1], want.mixtures[:-1], 1e-13)
+    oracle.assert_close(got.mixtures[-1], 4 * want.mixtures[-1], 1e-13)
+
+
+def test_rezero_starts_as_the_identity():
+    scheme = make("rezero")
+    toy = toys.cast(started(scheme), "float32")
+    for h in h_of(scheme, toy).mixtures:
+        np.testing.assert_array_equal(h, toy.x)
+
+
+@pytest.mark.parametrize(("L", "small"), [(36, 0.1), (48, 1e-5), (50, 1e-6)])
+def test_layer_scale_starts_small(L, small):
+    assert (make("layerscale", L).init(L, 3).sublayers["scale"] == np.float32(small)).all()
