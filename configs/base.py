@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 else:
     Config = ConfigDict
 
+FEW = 8  # names that a one-line message spells
 INT_MAX = 2**31 - 1  # what counts in JAX: int32
 
 
@@ -134,7 +135,8 @@ class Choice:
     options: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"one of {', '.join(map(repr, self.options))}"
+        some, more = self.options[:FEW], len(self.options) - FEW
+        return f"one of {', '.join(map(repr, some))}{f' and {more} more (--help)' if more > 0 else ''}"
 
     def parse(self, text: str) -> str:
         """The name itself."""
@@ -393,7 +395,8 @@ def choose(what: str, name: str, legal: Iterable[str]) -> str:
     """`name` if it is legal, else a ConfigError naming the nearest legal one."""
     legal = list(legal)
     if name not in legal:
-        near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
+        leaves = [other for other in legal if other.endswith(f".{name}")]
+        near = (leaves or difflib.get_close_matches(name, legal, n=1, cutoff=0.0))[0]
         raise ConfigError(f"{what} {name!r} does not exist; did you mean {near!r}?")
     return name
 

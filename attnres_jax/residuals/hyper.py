@@ -36,7 +36,7 @@ class HC(States):
         static = {"alpha": jnp.concatenate([first[..., None], mixing], -1), "beta": jnp.ones((sublayers, m))}
         if not self.dynamic:
             return Mix(static, {})
-        scales = {name: jnp.full(sublayers, 0.01) for name in ("alpha_scale", "beta_scale")}
+        scales = {name: jnp.full(sublayers, 0.01, "float32") for name in ("alpha_scale", "beta_scale")}
         weights = {
             f"{k}_weight": jnp.zeros((sublayers, width, n)) for k, n in (("alpha", m + 1), ("beta", 1))
         }

@@ -34,4 +34,4 @@ class LayerScale(ReZero):
 
     def init(self, sublayers, width):
         small = 0.1 if sublayers <= 36 else 1e-5 if sublayers <= 48 else 1e-6
-        return Mix({"scale": jnp.full((sublayers, width), small)}, {})
+        return Mix({"scale": jnp.full((sublayers, width), small, "float32")}, {})
