@@ -224,7 +224,9 @@ KEYS: dict[str, Key] = {
     "residual": Key(DEFAULT, Choice(tuple(SCHEMES)), "", "how depth is mixed"),
     "block_size": Key(4, Whole(1, span=5), "sublayers", "S of Block AttnRes; the others ignore it"),
     "key_norm_eps": Key(1e-6, Real(0, 0.1, above=True), "", "of AttnRes's key RMSNorm"),
-    "streams": Key(4, Whole(1, 6, span=5), "streams", "m of hyper-connections; the others ignore it"),
+    "streams": Key(4, Whole(1, 6, span=5), "streams", "m of hyper-connections and DDL; the others ignore it"),
+    "sinkhorn": Key(20, Whole(1, span=5), "iterations", "of mHC; the others ignore it"),
+    "window": Key(8, Whole(1, span=5), "outputs", "that a sliding window reads; the others ignore it"),
     "model.blocks": Key(8, Whole(1, span=3), "transformer blocks", "two sublayers each"),
     "model.width": Key(64, Whole(2, even=True), "channels", "D"),
     "model.heads": Key(4, Whole(1, span=7), "heads", "of the queries; the head width must be even"),
@@ -289,6 +291,7 @@ KEYS: dict[str, Key] = {
 }
 
 SCHEME_KEYS = {"residual": "", "block_size": "block_size", "key_norm_eps": "eps", "streams": "streams"}
+SCHEME_KEYS |= {"sinkhorn": "sinkhorn", "window": "window"}
 """Keys of the residual scheme, each with the option of `residuals.make` that it sets."""
 
 

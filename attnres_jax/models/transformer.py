@@ -51,6 +51,8 @@ class ModelConfig:
     residual: str = residuals.DEFAULT
     block_size: int = 8
     streams: int = 4
+    sinkhorn: int = 20
+    window: int = 8
 
     @property
     def kinds(self) -> str:

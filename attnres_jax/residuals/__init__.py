@@ -26,18 +26,29 @@ SCHEMES = {
     "block": Entry("attention", "AttnRes", ("block_size", "eps")),
     "rezero": Entry("scaled", "ReZero"),
     "layerscale": Entry("scaled", "LayerScale"),
+    "highway": Entry("highway", "Highway"),
+    "deepnorm": Entry("postnorm", "DeepNorm", ("sublayers", "norm_eps")),
+    "keel": Entry("postnorm", "Keel", ("sublayers", "norm_eps")),
+    "siamese": Entry("postnorm", "SiameseNorm", ("norm_eps",)),
     "hc": Entry("hyper", "HC", ("streams", "norm_eps")),
     "hc_static": Entry("hyper", "HC", ("streams",), {"dynamic": False}),
+    "mhc": Entry("manifold", "MHC", ("streams", "sinkhorn", "norm_eps")),
+    "mhc_lite": Entry("manifold", "MHCLite", ("streams", "norm_eps")),
+    "ddl": Entry("delta", "DDL", ("streams", "norm_eps")),
+    "densenet": Entry("dense", "DenseNet"),
+    "denseformer": Entry("dense", "DenseFormer"),
+    "mrla": Entry("mrla", "MRLA", ("norm_eps",)),
+    "window": Entry("dense", "SlidingWindow", ("window", "eps")),
 }
 DEFAULT = "block"
-OPTIONS = ("block_size", "eps", "norm_eps", "streams", "sublayers")
+OPTIONS = ("block_size", "eps", "norm_eps", "sinkhorn", "streams", "sublayers", "window")
 
 
 def make(name: str, **options: Any) -> "Scheme":
     """The scheme called `name`, with those of `options` that it reads:
 
     `block_size` S counts sublayers, `eps` is the key norm's, `norm_eps` that of the scheme's other norms,
-    `streams` is m, `sublayers` is the model's L.
+    `sinkhorn` counts the iterations of mHC, `streams` is m, `sublayers` the model's L, `window` W.
     """
     if name not in SCHEMES:
         raise ValueError(f"residual must be one of {', '.join(map(repr, SCHEMES))}, got {name!r}")

@@ -71,6 +71,10 @@ class Scheme(ABC):
         """The same scheme with every read as its equation is written."""
         return self
 
+    def gain(self) -> float:
+        """What matrices of values, outputs and MLPs are multiplied by at initialisation."""
+        return 1.0
+
     @abstractmethod
     def init(self, sublayers: int, width: int) -> Mix:
         """The parameters at initialisation, fp32."""

@@ -41,7 +41,7 @@ class States(Scheme):
     def move(self, slot: Any, s: Float[Array, "m B T D"], y: Float[Array, "B T D"]) -> Any:
         """The `Step` of a write."""
 
-    def last(self, mix: Any, s: Float[Array, "m B T D"]) -> Float[Array, "m #B #T #D"]:
+    def last(self, slot: Any, s: Float[Array, "m B T D"]) -> Float[Array, "m #B #T #D"]:
         """c of the output read."""
         return jnp.ones((len(s), 1, 1, 1), s.dtype)
 
