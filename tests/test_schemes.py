@@ -1,4 +1,4 @@
-"""Every residual scheme: M v = h, scanned as literal, gradients at depth, step 0 as its paper says."""
+"""Every residual scheme: M v = h, its rank, scanned as literal, gradients at depth."""
 
 from functools import cache
 
@@ -10,7 +10,6 @@ import toys
 
 from attnres_jax import residuals
 from attnres_jax.analysis import matrix
-from attnres_jax.residuals.base import Mix
 
 KINDS = "amkmamkmk"
 D = 8
@@ -127,27 +126,19 @@ def test_semiseparable_rank(name):
         assert ranks == {most}
 
 
-def h_of(scheme, toy, kinds=KINDS):
-    return toys.run(scheme, kinds, toy, implementation="reference", record=True).record
+@every
+def test_parameters_are_declared(name):
+    """Strong fp32, which an optimizer keeps, and a row of the table of parameters for each."""
+    scheme = make(name)
+    mix = scheme.init(6, D)
+    for part, drop in ((mix.sublayers, ""), (mix.output, "L")):
+        for key, leaf in part.items():
+            assert (leaf.dtype, leaf.weak_type) == (np.float32, False)
+            if scheme.axes:
+                assert len(scheme.axes[key].removeprefix(drop).replace(">", "")) == leaf.ndim
+    assert all(len(leaf) == 6 for leaf in mix.sublayers.values())
 
 
-@pytest.mark.parametrize("name", ["hc", "hc_static"])
-def test_hyper_connections_start_as_the_pre_norm_residual(name, x64):
-    """Every read; the output read sums the m streams, which the final norm undoes."""
-    scheme, plain = make(name), make("plain")
-    toy = toys.cast(started(scheme), "float64")
-    got, want = h_of(scheme, toy), h_of(plain, toy._replace(mix=Mix({}, {})._asdict()))
-    oracle.assert_close(got.mixtures[:-1], want.mixtures[:-1], 1e-13)
-    oracle.assert_close(got.mixtures[-1], 4 * want.mixtures[-1], 1e-13)
-
-
-def test_rezero_starts_as_the_identity():
-    scheme = make("rezero")
-    toy = toys.cast(started(scheme), "float32")
-    for h in h_of(scheme, toy).mixtures:
-        np.testing.assert_array_equal(h, toy.x)
-
-
-@pytest.mark.parametrize(("L", "small"), [(36, 0.1), (48, 1e-5), (50, 1e-6)])
-def test_layer_scale_starts_small(L, small):
-    assert (make("layerscale", L).init(L, 3).sublayers["scale"] == np.float32(small)).all()
+def test_a_scheme_of_another_depth_is_refused():
+    with pytest.raises(ValueError, match="made for 6 sublayers, not 7"):
+        make("keel", 6).schedule(7)

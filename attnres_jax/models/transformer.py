@@ -97,9 +97,7 @@ class Transformer(nnx.Module):
         self.config = config
         make: dict[str, Any] = {"rngs": rngs} | types(config)
         self.embed = nnx.Embed(config.vocab, config.width, **make)
-        self.layers = nnx.Dict(
-            {k: _stacked(partial(KINDS[k], config), config.kinds.count(k), rngs) for k in KINDS}
-        )
+        self.layers = nnx.Dict({k: _stacked(KINDS[k], config, config.kinds.count(k), rngs) for k in KINDS})
         self.mix = DepthMix(config.scheme, config.sublayers, config.width)
         self.norm = rms_norm(config, rngs)
         if not config.tied:
@@ -163,8 +161,15 @@ def abstract(config: ModelConfig) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
 
-def _stacked(make, count, rngs):
-    return nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(count))
+def _stacked(kind, config, count, rngs):
+    def one(rngs):
+        layer = kind(config, rngs=rngs)
+        for name in layer.gained:
+            kernel = getattr(layer, name).kernel
+            kernel[...] = kernel[...] * config.scheme.gain()
+        return layer
+
+    return nnx.vmap(one)(rngs.split(count))
 
 
 def _layer(stack, positions, segments, attend):

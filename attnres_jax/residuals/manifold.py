@@ -46,7 +46,7 @@ class Manifold(States):
 
     def init(self, sublayers, width):
         m, res = self.streams, jnp.asarray(self.identity, "float32")
-        own = jnp.where(jnp.arange(sublayers)[:, None] % m == jnp.arange(m), 1.0, -1.0)
+        own = 2.0 * jnp.eye(m)[jnp.arange(sublayers) % m] - 1
         return Mix(
             {
                 **{"pre": own, "post": own, "res": jnp.broadcast_to(res, (sublayers, len(res)))},
