@@ -87,7 +87,7 @@ def test_mhc_lite(x64):
 @pytest.mark.parametrize("near_identity", [False, True])
 def test_doubly_stochastic(name, near_identity):
     """fp32, 2000 tokens. Twenty iterations leave rows exact; columns where the logits are moderate, but
-    about 1e-3 off near the identity, where mHC starts: the gap that mHC-lite closes (2601.05732, section 3)."""
+    about 1e-3 off near the identity, where mHC starts: the gap that mHC-lite closes (2601.05732)."""
     scheme = make(name)
     noise = np.random.default_rng(0).standard_normal((len(scheme.identity), 100, 20)) / 2
     logits = near_identity * scheme.identity[:, None, None] + noise

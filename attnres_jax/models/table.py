@@ -42,7 +42,7 @@ class Parameter(NamedTuple):
 def parameter_table(model: Any) -> list[Parameter]:
     """Every parameter of `model` (abstract or real). A parameter without a rule raises `ValueError`."""
     leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    rules = [*enumerate(RULES), *_rules_of(model.mix.scheme)]
+    rules = [*_rules_of(model.mix.scheme), *enumerate(RULES)]
     rows = [_row(path_name(path), leaf, rules) for path, leaf in leaves]
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
