@@ -59,7 +59,7 @@ class Record(NamedTuple):
     mixtures: Float[Array, "L1 B T D"]
     """h_l, before the pre-norm."""
     weights: tuple[Float[Array, "_ B T *G"], ...]
-    """Of the sources of each read, as `scheme.sources` names them."""
+    """Of the sources of each read, as `scheme.sources` names them, or of the states."""
     steps: tuple[PyTree, ...] = ()
     """Coefficients of each write, as `scheme.apply` takes them."""
 

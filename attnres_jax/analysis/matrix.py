@@ -1,8 +1,10 @@
 """The depth mixing matrix M, h_l = sum_i M[l, i] v_i, of recorded tokens (paper.md, last section).
 
 M depends on the activations through the recorded coefficients alone; these held fixed, a scheme is linear
-in the outputs. `scheme.apply` is that linear map; where no channel enters another, its entries are numbers.
+in the outputs. `apply` is that linear map; where no channel enters another, its entries are numbers.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ def depth_matrix(scheme: Scheme, record: Record) -> Float[Array, "reads outputs 
 
 def apply(scheme: Scheme, record: Record, v: Float[Array, "L1 B T D"]) -> Float[Array, "L1 B T D"]:
     """M v: with v the recorded outputs these are the recorded mixtures."""
-    return scheme.apply(record.weights, record.steps, v.astype(_dtype(record)))
+    return _apply(scheme, record, v.astype(_dtype(record)))
 
 
 def diagonal(scheme: Scheme, record: Record) -> Float[Array, "reads outputs B T G"]:
@@ -73,12 +75,26 @@ def row_sums(matrix: Float[Array, "reads outputs *rest"]) -> Float[Array, "reads
     return jnp.sum(matrix, 1)
 
 
+def _apply(scheme, record, v):
+    own = scheme.apply(record.weights, record.steps, v)
+    return _by_sources(scheme, record.weights, v) if own is None else own
+
+
+def _by_sources(scheme, weights, v):
+    """Weighted sums of sources, which are sums of outputs; a head weighs its D / H channels alike."""
+    mixtures, mix = [], partial(jnp.einsum, "rbtg,ri,ibtg->btg", precision="highest")
+    for w, sources in zip(weights, scheme.sources(len(weights) - 1), strict=True):
+        w = w.reshape(*w.shape[:3], -1)
+        mixtures.append(mix(jnp.repeat(w, v.shape[-1] // w.shape[-1], -1), sources[: len(w)], v))
+    return jnp.stack(mixtures)
+
+
 def _columns(scheme, record, width, channels=True):
     """Outputs that are one at one place in turn (in some channels), zero elsewhere, through `apply`."""
     shape, dtype = record.outputs.shape[:-1], _dtype(record)
     where = jnp.eye(shape[0], dtype=bool)[:, :, None, None, None] & channels
     ones = jnp.broadcast_to(where, (shape[0], *shape, width)).astype(dtype)
-    columns = jax.lax.map(lambda v: scheme.apply(record.weights, record.steps, v), ones)
+    columns = jax.lax.map(lambda v: _apply(scheme, record, v), ones)
     return jnp.moveaxis(columns, 0, 1)
 
 

@@ -54,7 +54,7 @@ def path_name(path: tuple) -> str:
 
 def _rules_of(scheme):
     """In the places that the parameters of reads over depth have in the forward pass."""
-    reads, output = (at for at, rule in enumerate(RULES) if rule[0].startswith("mix/"))
+    reads, *_, output = (at for at, rule in enumerate(RULES) if rule[0].startswith("mix/"))
     for name, axes in scheme.axes.items():
         group = "projection" if ">" in axes else "depth"
         yield reads, (f"mix/{name}", axes, group)

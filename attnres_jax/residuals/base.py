@@ -7,11 +7,9 @@ inside one.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -119,13 +117,9 @@ class Scheme(ABC):
         """For analysis: the coefficients of this `write`, where it has any that are not one."""
         return None
 
-    def apply(self, weights: tuple, steps: tuple, v: Float[Array, "L1 B T G"]) -> Float[Array, "L1 B T G"]:
-        """M v: what recorded weights and steps, as they are, make of other outputs; linear in `v`."""
-        mixtures, mix = [], partial(jnp.einsum, "rbtg,ri,ibtg->btg", precision="highest")
-        for w, sources in zip(weights, self.sources(len(weights) - 1), strict=True):
-            w = w.reshape(*w.shape[:3], -1)
-            mixtures.append(mix(jnp.repeat(w, v.shape[-1] // w.shape[-1], -1), sources[: len(w)], v))
-        return jnp.stack(mixtures)
+    def apply(self, weights: tuple, steps: tuple, v: Float[Array, "L1 B T G"]) -> Array | None:
+        """M v by recorded weights and steps, [L1,B,T,G]; None: as `sources` say. G < D: alike channels."""
+        return None
 
 
 def append(history: tuple[Rows, ...], stream: Float[Array, "B T D"]) -> tuple[Rows, ...]:
