@@ -6,6 +6,7 @@ mistake of the user's ends in one line and exit code 2; another exception is a b
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -67,9 +68,10 @@ def _keys() -> str:
     """The config keys, one a line: name, default, meaning, names it may have, unit."""
     lines = [f"\n\n{configs.PREFIX}KEY=VALUE changes a key (beside it the default of base.py):"]
     for name, key in KEYS.items():
-        choices = f", {key.legal}" if isinstance(key.legal, Choice) else ""
+        choices = f": {', '.join(key.legal.options)}" if isinstance(key.legal, Choice) else ""
         unit = f" [{key.unit}]" if key.unit else ""
-        lines.append(f"  {name:<20} {key.default!s:<9} {key.doc}{choices}{unit}")
+        line = f"  {name:<20} {key.default!s:<9} {key.doc}{choices}{unit}"
+        lines += textwrap.wrap(line, 110, subsequent_indent=" " * 33, drop_whitespace=True)
     return "\n".join(lines)
 
 

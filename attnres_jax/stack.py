@@ -58,8 +58,10 @@ class Record(NamedTuple):
     """v_0 (the embedding), v_1 .. v_L (outputs of the sublayers)."""
     mixtures: Float[Array, "L1 B T D"]
     """h_l, before the pre-norm."""
-    weights: tuple[Float[Array, "_ B T"], ...]
-    """Of the sources of each read, as `scheme.sources` names them."""
+    weights: tuple[Float[Array, "_ B T *G"], ...]
+    """Of the sources of each read, as `scheme.sources` names them, or of the states."""
+    steps: tuple[PyTree, ...] = ()
+    """Coefficients of each write, as `scheme.apply` takes them."""
 
 
 class DepthOutput(NamedTuple):
@@ -116,18 +118,20 @@ def _placed(layer, placement):
 
 def _literal(scheme, mix, kinds, layers, x, record):
     depth, aux, reads, outputs = start(scheme, mix, len(kinds), x), {k: [] for k in kinds}, [], [x]
+    steps = []
     for l, kind in enumerate(kinds):
         layer, i = layers[kind], kinds[:l].count(kind)
         params, inputs = jax.tree.map(lambda a, i=i: a[i], (layer.params, layer.inputs))
         reads.append(depth.read(layer.norm(params)))
         y, extra = layer.apply(params, reads[-1].x, inputs)
+        steps.append(scheme.step(depth.slots[0], depth.stream, y))
         depth = depth.write(y)
         outputs.append(y)
         aux[kind].append(extra)
     reads.append(depth.finish())
     mixtures, aux = [read.mixture for read in reads], {k: stack(extras) for k, extras in aux.items()}
     weights = tuple(read.weights for read in reads)
-    recorded = Record(jnp.stack(outputs), jnp.stack(mixtures), weights) if record else None
+    recorded = Record(jnp.stack(outputs), jnp.stack(mixtures), weights, tuple(steps)) if record else None
     return DepthOutput(mixtures[-1], aux, recorded)
 
 

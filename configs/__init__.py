@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnres_jax.configs.base import (
+    SCHEME_KEYS,
     Config,
     ConfigError,
     UserError,
@@ -51,7 +52,7 @@ def model_config(config: Config, vocab: int) -> "attnres_jax.models.transformer.
     from attnres_jax.models.transformer import ModelConfig
 
     keys = config.to_dict()
-    scheme = {key: keys[key] for key in ("residual", "block_size", "key_norm_eps")}
+    scheme = {key: value for key, value in keys.items() if key in SCHEME_KEYS}
     return ModelConfig(vocab=vocab, **scheme, **keys["model"])
 
 
@@ -68,6 +69,7 @@ def _get_config(file: str) -> Callable[[str], Config]:
 
 
 __all__ = [
+    "SCHEME_KEYS",
     "Config",
     "ConfigError",
     "UserError",

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from attnres_jax.residuals import DEFAULT, SCHEMES
+
 if TYPE_CHECKING:
     Config = Any  # to a type checker a key of a ConfigDict may be anything a ConfigDict may hold
 else:
     Config = ConfigDict
 
+FEW = 8  # names that a one-line message spells
 INT_MAX = 2**31 - 1  # what counts in JAX: int32
 
 
@@ -132,7 +135,8 @@ class Choice:
     options: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"one of {', '.join(map(repr, self.options))}"
+        some, more = self.options[:FEW], len(self.options) - FEW
+        return f"one of {', '.join(map(repr, some))}{f' and {more} more (--help)' if more > 0 else ''}"
 
     def parse(self, text: str) -> str:
         """The name itself."""
@@ -217,9 +221,12 @@ class Key(NamedTuple):
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, Whole(0), "", "of parameters and data order"),
-    "residual": Key("block", Choice(("plain", "full", "block")), "", "how depth is mixed"),
+    "residual": Key(DEFAULT, Choice(tuple(SCHEMES)), "", "how depth is mixed"),
     "block_size": Key(4, Whole(1, span=5), "sublayers", "S of Block AttnRes; the others ignore it"),
     "key_norm_eps": Key(1e-6, Real(0, 0.1, above=True), "", "of AttnRes's key RMSNorm"),
+    "streams": Key(4, Whole(1, 6, span=5), "streams", "m of hyper-connections and DDL; the others ignore it"),
+    "sinkhorn": Key(20, Whole(1, span=5), "iterations", "of mHC; the others ignore it"),
+    "window": Key(8, Whole(1, span=5), "outputs", "that a sliding window reads; the others ignore it"),
     "model.blocks": Key(8, Whole(1, span=3), "transformer blocks", "two sublayers each"),
     "model.width": Key(64, Whole(2, even=True), "channels", "D"),
     "model.heads": Key(4, Whole(1, span=7), "heads", "of the queries; the head width must be even"),
@@ -283,6 +290,10 @@ KEYS: dict[str, Key] = {
     "profile.last": Key(0, Whole(0), "updates", "last in the profiler's trace"),
 }
 
+SCHEME_KEYS = {"residual": "", "block_size": "block_size", "key_norm_eps": "eps", "streams": "streams"}
+SCHEME_KEYS |= {"sinkhorn": "sinkhorn", "window": "window"}
+"""Keys of the residual scheme, each with the option of `residuals.make` that it sets."""
+
 
 class Rule(NamedTuple):
     """What must hold between keys; where it does not, `key` must be `need` and `legal` would do."""
@@ -328,10 +339,14 @@ def _one_rest(key: str, *others: str) -> Rule:
     )
 
 
+def _reads(c: Mapping[str, Any], option: str) -> bool:
+    return option in SCHEMES[c["residual"]].reads
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "block_size",
-        holds=lambda c: c["residual"] != "block" or c["block_size"] <= 2 * c["model.blocks"],
+        holds=lambda c: not _reads(c, "block_size") or c["block_size"] <= 2 * c["model.blocks"],
         need=lambda c: f"at most the sublayers, two for each of model.blocks = {c['model.blocks']}",
         legal=lambda c: 2 * c["model.blocks"],
     ),
@@ -383,7 +398,8 @@ def choose(what: str, name: str, legal: Iterable[str]) -> str:
     """`name` if it is legal, else a ConfigError naming the nearest legal one."""
     legal = list(legal)
     if name not in legal:
-        near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
+        leaves = [other for other in legal if other.endswith(f".{name}")]
+        near = (leaves or difflib.get_close_matches(name, legal, n=1, cutoff=0.0))[0]
         raise ConfigError(f"{what} {name!r} does not exist; did you mean {near!r}?")
     return name
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from attnres_jax import residuals
+
 ROOT = Path(__file__).parent.parent
 # Imports go from right to left only; modules on one level do not know each other.
 LEVELS = (
@@ -80,11 +82,24 @@ def test_front_door_knows_only_the_core():
 
 
 def test_residual_families_know_only_the_protocol():
+    """Those with states know these too."""
     for file in (ROOT / "attnres_jax/residuals").glob("*.py"):
         names = imported(ast.parse(file.read_text()), ("residuals", file.stem))
         inner = {n.split(".")[2] for n in names if n.startswith("attnres_jax.residuals.")}
-        allowed = {"base"} if file.stem != "__init__" else inner
-        assert inner <= (allowed if file.stem != "base" else set()), file.name
+        allowed = {"base": set(), "states": {"base"}, "__init__": inner}
+        assert inner <= allowed.get(file.stem, {"base", "states"}), file.name
+
+
+def test_no_model_trainer_or_stack_code_names_a_scheme():
+    """A scheme is a file and a line of the table: nothing else asks which one it is."""
+    folders = [ROOT / "attnres_jax" / name for name in ("models", "train", "parallel", "residuals")]
+    files = [file for folder in folders for file in folder.glob("*.py") if file != folder / "__init__.py"]
+    files += [
+        ROOT / f"attnres_jax/{name}.py" for name in ("stack", "walk", "ops", "nnx", "linen", "autodiff")
+    ]
+    words = {text.strip("\"'") for file in files for text in re.findall(r"\"\w+\"|'\w+'", file.read_text())}
+    assert len(files) > 30
+    assert not words & set(residuals.SCHEMES)
 
 
 @pytest.mark.parametrize(

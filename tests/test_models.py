@@ -369,7 +369,7 @@ def test_the_record_is_of_this_forward_pass(residual, x64):
     config, tokens = replace(DOUBLE, residual=residual), tokens_of(2, 8)
     model = trained(config)
     output, params = forward(model, tokens, record=True), pure(model)
-    outputs, mixtures, weights = output.depth.record
+    outputs, mixtures, weights, _ = output.depth.record
     np.testing.assert_array_equal(outputs[0], params["embed"]["embedding"][tokens])
     for l, members in enumerate(config.scheme.sources(config.sublayers)):
         sources = np.einsum("ro,obtd->rbtd", members[: len(weights[l])], outputs)

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import sys
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,10 @@ import test_layout
 from flax import nnx
 from toys import QUICK
 
-from attnres_jax import __main__, configs
+from attnres_jax import __main__, configs, residuals
+from attnres_jax.analysis import matrix
+from attnres_jax.models.table import parameter_table
+from attnres_jax.models.transformer import ModelConfig, Transformer
 from attnres_jax.stack import through_depth
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +34,8 @@ def fenced(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
-CODE = dict(zip(("LanguageModel", "VisionTransformer", "stacked"), fenced("python"), strict=True))
+NAMES = ("LanguageModel", "VisionTransformer", "stacked", "scheme")
+CODE = dict(zip(NAMES, fenced("python"), strict=True))
 MODELS = ("LanguageModel", "VisionTransformer")
 COMMANDS = [line for block in fenced("sh") for line in block.splitlines() if line]
 COMMANDS += re.findall(r"`(make [^`]+)`", TEXT)
@@ -91,6 +96,28 @@ def test_stacked_layers_are_the_reference(execute):
     assert 0 < jnp.linalg.norm(slope) < jnp.inf
     with pytest.raises(TypeError, match=r'reverse mode only.*implementation="reference"'):
         jax.jvp(network, (x,), (x,))
+
+
+def test_a_new_scheme_is_a_file_and_a_line(tmp_path, monkeypatch, x64):
+    """The file and the line as written: the language model has it, and M is the product of what is kept."""
+    (line,) = re.findall(r"the line `(.*?),`", TEXT)
+    name, entry = next(iter(eval(f"{{{line}}}", {"Entry": residuals.Entry}).items()))
+    (tmp_path / f"{entry.module}.py").write_text(CODE["scheme"])
+    monkeypatch.setattr(residuals, "__path__", [*residuals.__path__, str(tmp_path)])
+    monkeypatch.setitem(residuals.SCHEMES, name, entry)
+    config = ModelConfig(17, 2, 8, 2, 2, 8, residual=name, dtype="float64")
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    keep = np.array([0.5, 2.0, -1.0, 3.0])
+    model.mix.keep[...] = jnp.asarray(keep)
+    tokens = jnp.zeros((1, 3), "int32")
+    output = model(tokens, record=True)
+    M = matrix.depth_matrix(config.scheme, output.depth.record)[:, :, 0, 0, 0]
+    expected = [[np.prod(keep[i:l]) if i <= l else 0 for i in range(5)] for l in range(5)]
+    np.testing.assert_allclose(M, expected, atol=1e-12)
+    np.testing.assert_allclose(model(tokens).logits, output.logits, atol=1e-12)
+    assert [row.axes for row in parameter_table(model) if row.path == "mix/keep"] == ["L"]
+    monkeypatch.delitem(sys.modules, f"attnres_jax.residuals.{entry.module}")
+    assert len(CODE["scheme"].splitlines()) <= 30
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -14,12 +14,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from attnres_jax import residuals
+from attnres_jax import configs, residuals
 from attnres_jax.analysis import figures
-from attnres_jax.analysis.dynamics import DepthStatistics
+from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.figures import Series
 
-SCHEME_KEYS = ("residual", "block_size", "key_norm_eps")
 BOOKKEEPING = (
     *(f"train.{key}_every" for key in ("log", "depth", "eval")),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "train.stop_after"),
@@ -90,7 +89,7 @@ class Summary(NamedTuple):
 
 def scheme(config: dict[str, Any]) -> residuals.Scheme:
     """The residual scheme of a flat config."""
-    return residuals.make(config["residual"], block_size=config["block_size"], eps=config["key_norm_eps"])
+    return configs.model_config(configs.from_flat(config), vocab=1).scheme
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -115,10 +114,10 @@ def summaries(runs: Sequence[Run]) -> list[Summary]:
 
 def caveats(runs: Sequence[Run]) -> list[str]:
     """Why the comparison is not like for like, one line each; empty when it is."""
-    configs = [run.config for run in runs]
-    free = {*SCHEME_KEYS, *BOOKKEEPING, "seed"}
-    differing = [key for key in sorted(set().union(*configs) - free) if _different(configs, key)]
-    lines = [f"runs differ in {key}: {_values(configs, key)}" for key in differing]
+    flat = [run.config for run in runs]
+    free = {*configs.SCHEME_KEYS, *BOOKKEEPING, "seed"}
+    differing = [key for key in sorted(set().union(*flat) - free) if _different(flat, key)]
+    lines = [f"runs differ in {key}: {_values(flat, key)}" for key in differing]
     for key in ("step", "tokens"):
         if _different([run.evaluation for run in runs], key):
             values = _values([run.evaluation for run in runs], key)
@@ -179,7 +178,7 @@ def draw(runs: Sequence[Run], out: Path) -> list[tuple[Path, str]]:
     made = [
         ("loss", "Loss", figures.loss_curves(*_curves(rows))),
         ("depth", "Output RMS and gradient norm", figures.depth_dynamics(*_by_depth(rows))),
-        *(_heatmap(group) for group in rows if group.first.statistics.weights.shape[1] > 1),
+        *(_heatmap(group) for group in rows if weighs_outputs(scheme(group.first.config))),
         ("matrix", "Depth mixing matrix M", figures.depth_matrices(matrices, token)),
     ]
     return [(figures.save(figure, out / f"{name}.png"), caption) for name, caption, figure in made]
@@ -221,18 +220,19 @@ def _by_depth(rows):
 
 def _identity(run):
     """What makes two runs seeds of one thing; keys that a scheme does not read do not count."""
-    unread = {"plain": ("block_size", "key_norm_eps"), "full": ("block_size",)}
-    drop = {"seed", *BOOKKEEPING, *unread.get(run.config["residual"], ())}
+    read = residuals.SCHEMES[run.config["residual"]].reads
+    unread = [key for key, option in configs.SCHEME_KEYS.items() if option and option not in read]
+    drop = {"seed", *BOOKKEEPING, *unread}
     return {key: value for key, value in run.config.items() if key not in drop}
 
 
 def _labels(members):
     """The scheme, and what else tells rows of the same scheme apart."""
-    configs = [_identity(next(iter(runs.values()))) for runs in members]
-    names = [_scheme_label(config) for config in configs]
+    each = [_identity(next(iter(runs.values()))) for runs in members]
+    names = [_scheme_label(config) for config in each]
     labels = []
-    for name, config in zip(names, configs, strict=True):
-        twins = [other for label, other in zip(names, configs, strict=True) if label == name]
+    for name, config in zip(names, each, strict=True):
+        twins = [other for label, other in zip(names, each, strict=True) if label == name]
         keys = [key for key in sorted(set().union(*twins)) if _different(twins, key)]
         detail = ", ".join(f"{key}={config.get(key)}" for key in keys)
         labels.append(f"{name} ({detail})" if detail else name)
@@ -241,7 +241,7 @@ def _labels(members):
 
 def _scheme_label(config):
     name = config["residual"]
-    return f"{name} S={config['block_size']}" if name == "block" else name
+    return f"{name} S={config['block_size']}" if "block_size" in config else name
 
 
 def _different(dicts, key):

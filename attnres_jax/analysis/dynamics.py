@@ -10,6 +10,7 @@ from jax.scipy.special import entr
 from jaxtyping import Array, Float
 
 from attnres_jax.axes import compute_dtype
+from attnres_jax.residuals.base import Scheme
 from attnres_jax.stack import Record
 
 
@@ -24,15 +25,26 @@ class DepthStatistics(NamedTuple):
     """Mean weight of each source of each read, zero where a read has fewer sources."""
 
 
+def weighs_outputs(scheme: Scheme) -> bool:
+    """Whether the sources of a read are outputs or sums of them, so that its weights say who is read."""
+    return scheme.append_only and not scheme.matrices
+
+
 def depth_statistics(record: Record) -> DepthStatistics:
-    """Statistics of a recorded forward pass; usable inside jit."""
+    """Statistics of a recorded forward pass; usable inside jit. The entropy is that of absolute weights,
+    as shares of their sum."""
     outputs = record.outputs[1:].astype(compute_dtype(record.outputs.dtype))
     most = max(map(len, record.weights))
     return DepthStatistics(
         jnp.sqrt(jnp.mean(outputs**2, (1, 2, 3))),
-        jnp.stack([jnp.mean(jnp.sum(entr(w), 0)) for w in record.weights]),
-        jnp.stack([jnp.pad(jnp.mean(w, (1, 2)), (0, most - len(w))) for w in record.weights]),
+        jnp.stack([_entropy(w) for w in record.weights]),
+        jnp.stack([jnp.pad(jnp.mean(w.reshape(len(w), -1), 1), (0, most - len(w))) for w in record.weights]),
     )
+
+
+def _entropy(weights):
+    total = jnp.sum(jnp.abs(weights), 0)
+    return jnp.mean(jnp.sum(entr(jnp.abs(weights) / jnp.where(total > 0, total, 1)), 0))
 
 
 def gradient_norm(gradients: Mapping[str, Any], kinds: str) -> Float[Array, " L"]:

@@ -4,19 +4,27 @@ FLOPs: 2 for each multiply-add of the matrix products, of attention scores and v
 positions (the causal half is computed and masked, so it is counted), and of every read over depth:
 key norm, score and mixture of each source, 6D in all, as the definition says (the two-phase form
 shares the key norms of a block and executes fewer). Element-wise work is not counted, the plain
-residual's addition included. Training is three times forward; rematerialisation is not counted.
+residual's addition included. What other residual schemes add is counted by XLA, of the literal form on one
+token: element-wise work included, the body of a loop once. Training is three times forward;
+rematerialisation is not counted.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from attnres_jax.models.table import Parameter, parameter_table
 from attnres_jax.models.transformer import ModelConfig, abstract
+from attnres_jax.residuals import AttnRes, Plain
+from attnres_jax.residuals.states import States
+from attnres_jax.stack import Layer, through_depth
 
 
 class Cost(NamedTuple):
@@ -75,17 +83,37 @@ def report(config: ModelConfig, length: int) -> None:
 
 
 def _depth_flops(config):
-    if config.residual == "plain":
+    if isinstance(config.scheme, Plain):
         return 0
-    return 6 * config.width * sum(config.scheme.schedule(config.sublayers).counts)
+    if isinstance(config.scheme, AttnRes):
+        return 6 * config.width * sum(config.scheme.schedule(config.sublayers).counts)
+    return _counted(config.scheme, config.sublayers, config.width)
+
+
+@cache
+def _counted(scheme, sublayers, width):
+    """All reads and writes of a forward pass whose sublayers do nothing."""
+
+    def forward(mix, x):
+        layer = Layer(lambda _: lambda h: h, lambda params, x, _: (x, None), jnp.zeros(sublayers))
+        return through_depth(scheme, mix, "a" * sublayers, {"a": layer}, x, implementation="reference").h
+
+    mix = jax.eval_shape(lambda: scheme.init(sublayers, width))
+    stage: Any = jax.jit(forward).lower(mix, jax.ShapeDtypeStruct((1, 1, width), jnp.float32))
+    return int(stage.cost_analysis()["flops"])
 
 
 def _residual_bytes(config):
-    """Table 1: 3D, (S+N)D for Full with its dispatch unit S = 1, and (N/S+5)D for Block."""
+    """Table 1: 3D of one state, (8m+2)D + 2m^2 + 4m of m states, as of mHC's; (S+N)D for Full, dispatch
+    unit S = 1, and for what else reads every source; (N/S+5)D for Block."""
     schedule = config.scheme.schedule(config.sublayers)
-    size, number = schedule.block_size, len(schedule.sizes)
-    rows = {"plain": 3.0, "full": size + number, "block": number / size + 5}
-    return rows[config.residual] * config.width * np.dtype(config.dtype).itemsize
+    size, number, D = schedule.block_size, len(schedule.sizes), config.width
+    if isinstance(config.scheme, Plain | States):
+        m = getattr(config.scheme, "streams", 1)
+        elements = 3 * D if m == 1 else (8 * m + 2) * D + 2 * m * m + 4 * m
+    else:
+        elements = (size + number if size == 1 else number / size + 5) * D
+    return float(elements * np.dtype(config.dtype).itemsize)
 
 
 def _count(parameter):
@@ -106,9 +134,9 @@ def _parameter_table(table):
 
 
 def _cost_table(config, length):
-    own, plain = cost(config, length), cost(replace(config, residual="plain"), length)
+    own, plain = cost(config, length), cost(replace(config, residual=BASELINE), length)
     title = f"Cost of one token, sequences of {length} tokens"
-    rich = Table("", "plain", config.residual, "added", "added %", title=title, caption=DEFINITION)
+    rich = Table("", BASELINE, config.residual, "added", "added %", title=title, caption=DEFINITION)
     for column in rich.columns[1:]:
         column.justify = "right"
     for name, field in ROWS.items():
@@ -127,6 +155,7 @@ ROWS: dict[str, Any] = {
     "bytes: residual path, a sublayer": "residual_bytes",
 }
 
+BASELINE = "plain"
 
 DEFINITION = (
     "2 FLOPs a multiply-add: matrix products, attention scores and values at all positions "

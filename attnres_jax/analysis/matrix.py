@@ -1,27 +1,102 @@
-"""The depth mixing matrix M, h_l = sum_i M[l, i] v_i, explicit (paper.md, last section)."""
+"""The depth mixing matrix M, h_l = sum_i M[l, i] v_i, of recorded tokens (paper.md, last section).
 
+M depends on the activations through the recorded coefficients alone; these held fixed, a scheme is linear
+in the outputs. `apply` is that linear map; where no channel enters another, its entries are numbers.
+"""
+
+from functools import partial
+
+import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Float
 
 from attnres_jax.axes import compute_dtype
-from attnres_jax.residuals import Scheme
+from attnres_jax.residuals.base import Scheme
 from attnres_jax.stack import Record
 
 
-def depth_matrix(scheme: Scheme, record: Record) -> Float[Array, "reads outputs B T 1"]:
-    """M of recorded tokens: [L+1, L+1, B, T, 1]; the last row is the output read.
+def depth_matrix(scheme: Scheme, record: Record) -> Float[Array, "reads outputs B T G"]:
+    """M of recorded tokens: [L+1, L+1, B, T, G]; the last row is the output read.
 
-    M[l, i] is the sum of the weights of those sources of read l that contain output v_i, one number
-    per token. A row sums to one where every source is one output; a block summary counts S times.
+    G = 1 where one number weighs all channels, H for H heads, D for one per channel. M[l, i] counts v_i
+    in every source that contains it: a row sums to one where every source is one output and weights do.
+
+    Raises:
+      ValueError: where the entries are D x D matrices; `apply` and `diagonal` know those.
     """
-    sources = scheme.sources(len(record.weights) - 1)
-    rows = [_row(weights, sources[read]) for read, weights in enumerate(record.weights)]
-    return jnp.stack(rows)[..., None]
+    if scheme.matrices:
+        raise ValueError(f"entries of {scheme}'s M are D x D matrices: use apply or diagonal instead")
+    coefficients = jax.tree.leaves((record.steps, [w.reshape(*w.shape[:3], -1) for w in record.weights]))
+    return _columns(scheme, record, max(a.shape[-1] for a in coefficients))
 
 
-def _row(weights, sources):
-    dtype = compute_dtype(weights.dtype)
-    members = jnp.asarray(sources[: len(weights)], dtype)
-    exact = lax.Precision.HIGHEST
-    return jnp.einsum("rbt,ri->ibt", weights.astype(dtype), members, precision=exact)
+def apply(scheme: Scheme, record: Record, v: Float[Array, "L1 B T D"]) -> Float[Array, "L1 B T D"]:
+    """M v: with v the recorded outputs these are the recorded mixtures."""
+    return _apply(scheme, record, v.astype(_dtype(record)))
+
+
+def diagonal(scheme: Scheme, record: Record) -> Float[Array, "reads outputs B T G"]:
+    """Each entry's diagonal, what a channel passes on to itself: M, where entries are not matrices."""
+    if not scheme.matrices:
+        return depth_matrix(scheme, record)
+    D = record.outputs.shape[-1]
+    own = jax.lax.map(lambda d: _columns(scheme, record, D, jnp.arange(D) == d)[..., d], jnp.arange(D))
+    return jnp.moveaxis(own, 0, -1)
+
+
+def one_token(record: Record, b: int, t: int) -> Record:
+    """The record of token `t` of sequence `b`, with B = T = 1: M of a whole batch is large."""
+
+    def cut(tree, axis):
+        def at(a, axis, i):
+            return a if a.shape[axis] == 1 else jnp.take(a, jnp.array([i]), axis)
+
+        return jax.tree.map(lambda a: at(at(a, axis, b), axis + 1, t), tree)
+
+    outputs, mixtures, weights, steps = record
+    return Record(cut(outputs, 1), cut(mixtures, 1), cut(weights, 1), cut(steps, -3))
+
+
+def rank(matrix: Float[np.ndarray, "reads outputs"], tolerance: float = 1e-9) -> int:
+    """Semiseparable rank of one token's M (one channel): the largest of the blocks M[l:, :l+1].
+
+    Such a block holds all that sublayers from l on get of outputs up to v_l, through whatever the scheme
+    keeps: m states pass on at most m combinations. Singular values below `tolerance` of M's largest are zero.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    floor = tolerance * np.linalg.svd(matrix, compute_uv=False)[0]
+    blocks = [matrix[l:, : l + 1] for l in range(len(matrix))]
+    return max(int(np.sum(np.linalg.svd(block, compute_uv=False) > floor)) for block in blocks)
+
+
+def row_sums(matrix: Float[Array, "reads outputs *rest"]) -> Float[Array, "reads *rest"]:
+    """Of each read, over outputs: one where reads are averages, l + 1 in the plain residual."""
+    return jnp.sum(matrix, 1)
+
+
+def _apply(scheme, record, v):
+    own = scheme.apply(record.weights, record.steps, v)
+    return _by_sources(scheme, record.weights, v) if own is None else own
+
+
+def _by_sources(scheme, weights, v):
+    """Weighted sums of sources, which are sums of outputs; a head weighs its D / H channels alike."""
+    mixtures, mix = [], partial(jnp.einsum, "rbtg,ri,ibtg->btg", precision="highest")
+    for w, sources in zip(weights, scheme.sources(len(weights) - 1), strict=True):
+        w = w.reshape(*w.shape[:3], -1)
+        mixtures.append(mix(jnp.repeat(w, v.shape[-1] // w.shape[-1], -1), sources[: len(w)], v))
+    return jnp.stack(mixtures)
+
+
+def _columns(scheme, record, width, channels=True):
+    """Outputs that are one at one place in turn (in some channels), zero elsewhere, through `apply`."""
+    shape, dtype = record.outputs.shape[:-1], _dtype(record)
+    where = jnp.eye(shape[0], dtype=bool)[:, :, None, None, None] & channels
+    ones = jnp.broadcast_to(where, (shape[0], *shape, width)).astype(dtype)
+    columns = jax.lax.map(lambda v: _apply(scheme, record, v), ones)
+    return jnp.moveaxis(columns, 0, 1)
+
+
+def _dtype(record):
+    return compute_dtype(record.outputs.dtype)

@@ -1,7 +1,7 @@
 """Sublayers of a language model: each has a pre-norm and is a function of the normed input."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +14,9 @@ Attend = Callable[[Array, Array, Array, Array | None], Array]
 
 class Attention(nnx.Module):
     """Causal grouped-query self-attention with rotary positions; `segments` do not see each other."""
+
+    gained: ClassVar = ("value", "out")
+    """Matrices that start larger or smaller where the residual scheme says so (`Scheme.gain`)."""
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         D, H, K = config.width, config.heads, config.width // config.heads
@@ -39,6 +42,8 @@ class Attention(nnx.Module):
 
 class SwiGLU(nnx.Module):
     """`down(silu(gate x) * up x)`."""
+
+    gained: ClassVar = ("gate", "up", "down")
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         D, F = config.width, config.mlp_width

@@ -1,12 +1,13 @@
 """The one table of parameters: path, shape, axes, optimizer group, decay, in forward order."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Those of other residual schemes are told by the scheme (`Scheme.axes`).
 # (path, axes of style.md without the stack's, optimizer group); every parameter matches exactly one.
 # "D>HK" is a matrix that sums over D and gives H and K.
 RULES = (
@@ -38,10 +39,11 @@ class Parameter(NamedTuple):
     """Those of the layer's own axes, its first, that a matrix sums over; "" where the leaf is no matrix."""
 
 
-def parameter_table(model: nnx.Module) -> list[Parameter]:
+def parameter_table(model: Any) -> list[Parameter]:
     """Every parameter of `model` (abstract or real). A parameter without a rule raises `ValueError`."""
     leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    rows = [_row(path_name(path), leaf) for path, leaf in leaves]
+    rules = [*_rules_of(model.mix.scheme), *enumerate(RULES)]
+    rows = [_row(path_name(path), leaf, rules) for path, leaf in leaves]
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
@@ -50,10 +52,19 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _row(path, leaf):
-    for order, (pattern, axes, group) in enumerate(RULES):
+def _rules_of(scheme):
+    """In the places that the parameters of reads over depth have in the forward pass."""
+    reads, *_, output = (at for at, rule in enumerate(RULES) if rule[0].startswith("mix/"))
+    for name, axes in scheme.axes.items():
+        group = "projection" if ">" in axes else "depth"
+        yield reads, (f"mix/{name}", axes, group)
+        yield output, (f"mix/{name}_out", axes.removeprefix("L"), group)
+
+
+def _row(path, leaf, rules):
+    for order, (pattern, axes, group) in rules:
         if re.fullmatch(pattern, path):
-            stack, decay = "L" * path.startswith("layers/"), group in ("matrix", "head")
+            stack, decay = "L" * path.startswith("layers/"), group in ("matrix", "head", "projection")
             inputs = axes.partition(">")[0] if ">" in axes else ""
             axes = stack + axes.replace(">", "")
             return order, Parameter(path, leaf.shape, leaf.dtype, axes, group, decay, inputs)

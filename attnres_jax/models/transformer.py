@@ -48,8 +48,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["nothing", "dots", "everything"] = "nothing"
     attention: Literal["auto", "xla", "flash"] = "auto"
-    residual: str = "block"
+    residual: str = residuals.DEFAULT
     block_size: int = 8
+    streams: int = 4
+    sinkhorn: int = 20
+    window: int = 8
 
     @property
     def kinds(self) -> str:
@@ -69,8 +72,8 @@ class ModelConfig:
     @property
     def scheme(self) -> Scheme:
         """The residual scheme."""
-        size, eps = self.block_size, self.key_norm_eps
-        return residuals.make(self.residual, block_size=size, eps=eps)
+        same = {key: getattr(self, key) for key in residuals.OPTIONS if key != "eps"}
+        return residuals.make(self.residual, eps=self.key_norm_eps, **same)
 
 
 class Hidden(NamedTuple):
@@ -94,9 +97,7 @@ class Transformer(nnx.Module):
         self.config = config
         make: dict[str, Any] = {"rngs": rngs} | types(config)
         self.embed = nnx.Embed(config.vocab, config.width, **make)
-        self.layers = nnx.Dict(
-            {k: _stacked(partial(KINDS[k], config), config.kinds.count(k), rngs) for k in KINDS}
-        )
+        self.layers = nnx.Dict({k: _stacked(KINDS[k], config, config.kinds.count(k), rngs) for k in KINDS})
         self.mix = DepthMix(config.scheme, config.sublayers, config.width)
         self.norm = rms_norm(config, rngs)
         if not config.tied:
@@ -160,8 +161,15 @@ def abstract(config: ModelConfig) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
 
-def _stacked(make, count, rngs):
-    return nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(count))
+def _stacked(kind, config, count, rngs):
+    def one(rngs):
+        layer = kind(config, rngs=rngs)
+        for name in layer.gained:
+            kernel = getattr(layer, name).kernel
+            kernel[...] = kernel[...] * config.scheme.gain()
+        return layer
+
+    return nnx.vmap(one)(rngs.split(count))
 
 
 def _layer(stack, positions, segments, attend):

@@ -1,7 +1,7 @@
 """Where parameters and optimizer state lie on the mesh, from the one table of parameters.
 
 Matrices, embedding and head are cut by the letters of their axes (style of `axes.py`); the vectors of norms
-and of AttnRes are on every device, for they are small and every token needs them whole.
+and of residual schemes are on every device, for they are small and every token needs them whole.
 """
 
 import math
@@ -16,7 +16,7 @@ from attnres_jax.models.table import Parameter, path_name
 from attnres_jax.parallel.mesh import BATCH, divisors
 
 PLACES = {"V": "tensor", "H": "tensor", "F": "tensor", "D": "fsdp"}
-CUT = ("matrix", "embedding", "head")
+CUT = ("matrix", "embedding", "head", "projection")
 
 
 def spec(parameter: Parameter) -> P:

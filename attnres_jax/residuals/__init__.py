@@ -1,21 +1,71 @@
-"""Residual schemes by name."""
+"""Residual schemes by name. Their files, and JAX, are imported when one is made: configs need the names."""
 
-from attnres_jax.residuals.additive import Plain
-from attnres_jax.residuals.attention import AttnRes
-from attnres_jax.residuals.base import Mix, Read, Scheme
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from attnres_jax.residuals.additive import Plain
+    from attnres_jax.residuals.attention import AttnRes
+    from attnres_jax.residuals.base import Mix, Read, Scheme
+
+
+class Entry(NamedTuple):
+    """Which class a name stands for, the options of `make` it reads, and what the name says beside."""
+
+    module: str
+    scheme: str
+    reads: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = MappingProxyType({})
+
 
 SCHEMES = {
-    "plain": lambda block_size, eps: Plain(),
-    "full": lambda block_size, eps: AttnRes(block_size=1, eps=eps),
-    "block": lambda block_size, eps: AttnRes(block_size=block_size, eps=eps),
+    "plain": Entry("additive", "Plain"),
+    "full": Entry("attention", "AttnRes", ("eps",)),
+    "block": Entry("attention", "AttnRes", ("block_size", "eps")),
+    "rezero": Entry("scaled", "ReZero"),
+    "layerscale": Entry("scaled", "LayerScale"),
+    "highway": Entry("highway", "Highway"),
+    "deepnorm": Entry("postnorm", "DeepNorm", ("sublayers", "norm_eps")),
+    "keel": Entry("postnorm", "Keel", ("sublayers", "norm_eps")),
+    "siamese": Entry("postnorm", "SiameseNorm", ("norm_eps",)),
+    "hc": Entry("hyper", "HC", ("streams", "norm_eps")),
+    "hc_static": Entry("hyper", "HC", ("streams",), {"dynamic": False}),
+    "mhc": Entry("manifold", "MHC", ("streams", "sinkhorn", "norm_eps")),
+    "mhc_lite": Entry("manifold", "MHCLite", ("streams", "norm_eps")),
+    "ddl": Entry("delta", "DDL", ("streams", "norm_eps")),
+    "densenet": Entry("dense", "DenseNet"),
+    "denseformer": Entry("dense", "DenseFormer"),
+    "mrla": Entry("mrla", "MRLA", ("norm_eps",)),
+    "window": Entry("dense", "SlidingWindow", ("window", "eps")),
 }
+DEFAULT = "block"
+OPTIONS = ("block_size", "eps", "norm_eps", "sinkhorn", "streams", "sublayers", "window")
 
 
-def make(name: str, *, block_size: int = 1, eps: float = 1e-6) -> Scheme:
-    """The scheme called `name`; `block_size` counts sublayers, `eps` is the key norm's."""
+def make(name: str, **options: Any) -> "Scheme":
+    """The scheme called `name`, with those of `options` that it reads:
+
+    `block_size` S counts sublayers, `eps` is the key norm's, `norm_eps` that of the scheme's other norms,
+    `sinkhorn` counts the iterations of mHC, `streams` is m, `sublayers` the model's L, `window` W.
+    """
     if name not in SCHEMES:
         raise ValueError(f"residual must be one of {', '.join(map(repr, SCHEMES))}, got {name!r}")
-    return SCHEMES[name](block_size, eps)
+    if unknown := options.keys() - set(OPTIONS):
+        raise TypeError(f"{', '.join(sorted(unknown))} is no option of a scheme: {', '.join(OPTIONS)} are")
+    entry = SCHEMES[name]
+    read = {option: options[option] for option in entry.reads if option in options}
+    return getattr(import_module(f"{__name__}.{entry.module}"), entry.scheme)(**read, **entry.fixed)
 
 
-__all__ = ["SCHEMES", "AttnRes", "Mix", "Plain", "Read", "Scheme", "make"]
+_EXPORTS = {"AttnRes": "attention", "Mix": "base", "Plain": "additive", "Read": "base", "Scheme": "base"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+__all__ = ["DEFAULT", "OPTIONS", "SCHEMES", "AttnRes", "Mix", "Plain", "Read", "Scheme", "make"]

@@ -5,7 +5,7 @@ inside one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,7 +39,7 @@ class Mix(NamedTuple):
 
 
 class Read(NamedTuple):
-    """`x` enters the sublayer, `mixture` is h before the norm, `weights` [R,B,T] of the sources.
+    """`x` enters the sublayer, `mixture` is h before the norm, `weights` [R,B,T] or [R,B,T,G] of the sources.
 
     `mixture` is `None` where a kernel took the norm, `weights` in two-phase reads. Later reads and `write`
     take `history` and `stream`: the same values, whose cotangents kernels sum as they go.
@@ -47,7 +47,7 @@ class Read(NamedTuple):
 
     x: Float[Array, "B T D"]
     mixture: Float[Array, "B T D"] | None
-    weights: Float[Array, "R B T"] | None
+    weights: Float[Array, "R B T *G"] | None
     history: PyTree = None
     stream: PyTree = None
 
@@ -60,10 +60,18 @@ class Scheme(ABC):
     placement: Placement | None = None
     append_only: ClassVar[bool] = False
     """History is a tuple of `Rows`, to which `close` appends the stream and nothing else changes."""
+    axes: ClassVar[Mapping[str, str]] = {}
+    """Parameters as rows of models/table.py: "LD", or "LD>m": a matrix, which decays. No L at the output."""
+    matrices: ClassVar[bool] = False
+    """Entries of M are D x D: only `apply` gives them."""
 
     def literal(self) -> "Scheme":
         """The same scheme with every read as its equation is written."""
         return self
+
+    def gain(self) -> float:
+        """What matrices of values, outputs and MLPs are multiplied by at initialisation."""
+        return 1.0
 
     @abstractmethod
     def init(self, sublayers: int, width: int) -> Mix:
@@ -105,6 +113,14 @@ class Scheme(ABC):
     @abstractmethod
     def finish(self, mix: dict[str, Array], history: PyTree) -> Read:
         """The output read, for the final norm and the head; its `x` is not normed."""
+
+    def step(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
+        """For analysis: the coefficients of this `write`, where it has any that are not one."""
+        return None
+
+    def apply(self, weights: tuple, steps: tuple, v: Float[Array, "L1 B T G"]) -> Array | None:
+        """M v by recorded weights and steps, [L1,B,T,G]; None: as `sources` say. G < D: alike channels."""
+        return None
 
 
 def append(history: tuple[Rows, ...], stream: Float[Array, "B T D"]) -> tuple[Rows, ...]:

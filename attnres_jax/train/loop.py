@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnres_jax import choice
+from attnres_jax import choice, residuals
 from attnres_jax.configs import Config
 from attnres_jax.parallel import processes
 from attnres_jax.parallel.mesh import from_rows, placement
@@ -137,7 +137,8 @@ class _Loop(NamedTuple):
 
 def _announcement(folder, config, state, run):
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    size = f" of S = {config.block_size}" if config.residual == "block" else ""
+    read = residuals.SCHEMES[config.residual].reads
+    size = f" of S = {config.block_size}" if "block_size" in read else ""
     ran, devices = (
         choice.choose(None, placement(run.mesh), jnp.dtype(run.model.dtype)),
         run.mesh.devices.ravel(),

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from attnres_jax.analysis import figures
-from attnres_jax.analysis.dynamics import DepthStatistics
+from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.inspect import cost
 from attnres_jax.configs import Config
 from attnres_jax.parallel import processes
@@ -120,7 +120,7 @@ class MetricLog:
         values = {name: np.asarray(value) for name, value in values.items()}
         self._row("depth", step, {name: value.tolist() for name, value in values.items()})
         weights = values.pop("weights")
-        if weights.shape[1] == 1:  # one source: nothing is weighed
+        if not weighs_outputs(self._model.scheme):
             del values["entropy"]
         elif board := self._living_board():
             board.add_image("weights", self._picture(weights, step), step, dataformats="HWC")

@@ -23,7 +23,14 @@ from attnres_jax.models.table import Parameter, path_name
 UPDATE_RMS = 0.2
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Which of the two updates a group of the parameter table when optim.name is muon.
-GROUPS = {"matrix": "muon", "embedding": "adamw", "depth": "adamw", "norm": "adamw", "head": "adamw"}
+GROUPS = {
+    "matrix": "muon",
+    "embedding": "adamw",
+    "depth": "adamw",
+    "projection": "adamw",
+    "norm": "adamw",
+    "head": "adamw",
+}
 
 
 def learning_rate(config: Config) -> optax.Schedule:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attnres_jax import configs
 from attnres_jax.analysis import compare as comparison
 from attnres_jax.analysis.dynamics import depth_statistics
-from attnres_jax.analysis.matrix import depth_matrix
+from attnres_jax.analysis.matrix import diagonal, one_token
 from attnres_jax.models.table import parameter_table
 from attnres_jax.train import checkpoint
 from attnres_jax.train.data import heldout_windows, open_corpus
@@ -50,14 +51,15 @@ def read(workdir: Path) -> comparison.Run:
 
 
 def _look(model, config):
-    """Statistics over depth on the first held-out windows, and M of the first one's last token."""
+    """Statistics over depth on the first held-out windows, and M of the first one's last token: what a
+    channel passes on to itself, in the mean over channels."""
     tokens = _first_windows(config)
 
     @jax.jit
     def look(model, tokens):
         record = model(tokens, record=True).depth.record
-        matrix = depth_matrix(model.config.scheme, record)
-        return depth_statistics(record), matrix[:, :, 0, -1, 0]
+        matrix = diagonal(model.config.scheme, one_token(record, 0, -1))[:, :, 0, 0]
+        return depth_statistics(record), jnp.mean(matrix, -1)
 
     return jax.device_get(look(model, tokens))
 

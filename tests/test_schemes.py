@@ -1,0 +1,144 @@
+"""Every residual scheme: M v = h, its rank, scanned as literal, gradients at depth."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import toys
+
+from attnres_jax import residuals
+from attnres_jax.analysis import matrix
+
+KINDS = "amkmamkmk"
+D = 8
+SCHEMES = list(residuals.SCHEMES)
+every = pytest.mark.parametrize("name", SCHEMES)
+
+
+def make(name, L=len(KINDS), **options):
+    return residuals.make(name, **{"block_size": 3, "sublayers": L} | options)
+
+
+def drawn(scheme, kinds=KINDS, seed=0, spread=0.3, **shape) -> toys.Toy:
+    """A toy whose scheme is well away from its start, yet near enough to be well conditioned."""
+    rng = np.random.default_rng(seed)
+    blank = toys.toy(toys.make("plain", 1), kinds, seed=seed, **{"D": D} | shape)
+    mix = jax.tree.map(lambda a: np.asarray(a), scheme.init(len(kinds), blank.x.shape[-1]))
+
+    def away(path, a):
+        matrix = ">" in scheme.axes.get(path[-1].key, "") and a.ndim > 1
+        scale = spread * a.shape[-2] ** -0.5 if matrix else spread
+        return (a + toys.draw(rng, a.shape, scale)).astype("float32")
+
+    return blank._replace(mix=jax.tree.map_with_path(away, mix)._asdict())
+
+
+def started(scheme, kinds=KINDS, **shape) -> toys.Toy:
+    """The same sublayers under the scheme as it is initialised."""
+    blank = drawn(scheme, kinds, **shape)
+    return blank._replace(mix=scheme.init(len(kinds), blank.x.shape[-1])._asdict())
+
+
+@cache
+def recorded(name):
+    """Of a drawn toy, in fp64: the scheme, the record, M v, and the diagonals of M's entries."""
+    scheme = make(name)
+
+    def run(toy):
+        record = toys.run(scheme, KINDS, toy, record=True).record
+        return record, matrix.apply(scheme, record, record.outputs), matrix.diagonal(scheme, record)
+
+    with jax.enable_x64(True):
+        toy = toys.cast(drawn(scheme, B=1, T=2), "float64")
+        return scheme, *jax.device_get(jax.jit(run, compiler_options=toys.QUICK)(toy))
+
+
+@every
+def test_matrix_times_outputs_is_mixtures(name, x64):
+    scheme, record, h, diagonal = recorded(name)
+    np.testing.assert_allclose(h, record.mixtures, rtol=0, atol=1e-10)
+    L1, (B, T), G = len(KINDS) + 1, record.outputs.shape[1:3], diagonal.shape[-1]
+    assert diagonal.shape == (L1, L1, B, T, G)
+    assert not diagonal[~np.tri(L1, dtype=bool)].any()
+    if scheme.matrices:
+        with pytest.raises(ValueError, match="D x D"):
+            matrix.depth_matrix(scheme, record)
+    else:
+        product = np.sum(diagonal * record.outputs, 1)  # G is 1 or D
+        np.testing.assert_allclose(product, record.mixtures, rtol=0, atol=1e-10)
+
+
+FAST = ("highway", "hc", "denseformer")
+OTHERS = [name for name in SCHEMES if name not in ("plain", "full", "block", *FAST)]
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_scanned_is_literal(name, x64):
+    """Values and every gradient, in fp64; those of AttnRes are in test_stack.py."""
+    kinds = "mkmkm"
+    scheme = make(name, len(kinds))
+    toy = toys.cast(drawn(scheme, kinds, B=1, T=2), "float64")
+    scanned, literal = (
+        toys.value_and_gradient(lambda toy, i=i: toys.run(scheme, kinds, toy, implementation=i))(toy)
+        for i in (None, "reference")
+    )
+    oracle.assert_close(scanned, literal, 1e-11)
+
+
+DEEP = 128
+
+
+@pytest.mark.slow
+@every
+def test_gradients_are_finite_at_depth(name):
+    """128 sublayers, fp32, as initialised; every parameter of the scheme matters somewhere."""
+    kinds = "am" * (DEEP // 2)
+    scheme = make(name, DEEP, block_size=16)
+    toy = toys.cast(started(scheme, kinds, B=1, T=2), "float32")
+    gradient = toys.value_and_gradient(lambda toy: toys.run(scheme, kinds, toy))(toy)["gradient"]
+    for leaf in jax.tree.leaves(gradient):
+        assert np.isfinite(leaf).all()
+    assert np.abs(gradient.x).max() > 1e-6
+
+
+RANKS = {
+    "plain": 1,
+    "rezero": 1,
+    "layerscale": 1,
+    "highway": 1,
+    "hc": 4,
+    "hc_static": 4,
+    "mhc": 4,
+    "mhc_lite": 4,
+}
+
+
+@every
+def test_semiseparable_rank(name):
+    """As the theory has it, of every token and two channels; dense schemes reach what L allows."""
+    M = recorded(name)[-1]
+    ranks = {matrix.rank(M[:, :, 0, t, g]) for t in range(M.shape[3]) for g in range(min(2, M.shape[-1]))}
+    most = (len(KINDS) + 1) // 2
+    assert ranks == {RANKS[name]} if name in RANKS else max(ranks) <= most
+    if name in ("full", "denseformer"):
+        assert ranks == {most}
+
+
+@every
+def test_parameters_are_declared(name):
+    """Strong fp32, which an optimizer keeps, and a row of the table of parameters for each."""
+    scheme = make(name)
+    mix = scheme.init(6, D)
+    for part, drop in ((mix.sublayers, ""), (mix.output, "L")):
+        for key, leaf in part.items():
+            assert (leaf.dtype, leaf.weak_type) == (np.float32, False)
+            if scheme.axes:
+                assert len(scheme.axes[key].removeprefix(drop).replace(">", "")) == leaf.ndim
+    assert all(len(leaf) == 6 for leaf in mix.sublayers.values())
+
+
+def test_a_scheme_of_another_depth_is_refused():
+    with pytest.raises(ValueError, match="made for 6 sublayers, not 7"):
+        make("keel", 6).schedule(7)
