@@ -17,6 +17,7 @@ class Config(NamedTuple):
     """Tokens of a grid step, TensorCores, and bytes of VMEM to ask for."""
 
     tile: int
+    group: int
     cores: int
     vmem: int
 
@@ -29,7 +30,12 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
         tile //= 2
     if (need := vmem_bytes(direction, S, R, D, dtype, tile)) > limit:
         raise ValueError(_too_large(S, R, D, need, limit))
-    return Config(tile, cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+    return Config(tile, group(R), cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+
+
+def group(R: int) -> int:
+    """Tokens of one block-diagonal product: as many as keep (source, token) within 128 lanes, 8 to 64."""
+    return next((g for g in (64, 32, 16) if R * g <= LANES), 8)
 
 
 def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:

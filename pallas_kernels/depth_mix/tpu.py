@@ -14,13 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.depth_mix.config import GROUP, tpu_config
+from pallas_kernels.depth_mix.config import tpu_config
 from pallas_kernels.depth_mix.vjp import Forward
 from pallas_kernels.tpu import LANES, output, params
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 """Contracted dimensions of `a b`, `a b^T` and `a^T b`."""
-ROWS_PER_BLOCK = LANES // GROUP
 WIDTH = 512
 """Columns of a mixture that are computed at once."""
 
@@ -33,6 +32,7 @@ class Sizes(NamedTuple):
     tokens: int
     D: int
     tile: int
+    group: int
     cores: int
     eps: float
     counted: bool
@@ -50,12 +50,27 @@ class Sizes(NamedTuple):
     @property
     def lanes(self):
         """Of (source, token), in whole registers."""
-        return LANES * math.ceil(self.R / ROWS_PER_BLOCK)
+        return LANES * math.ceil(self.R * self.group / LANES)
 
     @property
     def groups(self) -> int:
         """Of a tile."""
-        return self.tile // GROUP
+        return self.tile // self.group
+
+    @property
+    def scored(self) -> int:
+        """Groups scored in one loop body."""
+        return math.gcd(self.groups, 4)
+
+    @property
+    def weighed(self) -> int:
+        """Groups weighed in one loop body."""
+        return math.gcd(self.groups, 8)
+
+    @property
+    def mixed(self) -> int:
+        """Groups mixed in one loop body."""
+        return math.gcd(self.groups, 2)
 
     @property
     def steps(self) -> int:
@@ -64,8 +79,8 @@ class Sizes(NamedTuple):
 
     @property
     def stats(self):
-        """Of one group: S8 rows of scores, and rstd in the first of 8 more."""
-        return (self.S8 + 8, self.lanes)
+        """Of one group: S rows of scores, the next is rstd, in whole registers."""
+        return (8 * math.ceil((self.S + 1) / 8), self.lanes)
 
 
 def forward(w, sources, counts, *, eps) -> Forward:
@@ -80,16 +95,20 @@ def forward(w, sources, counts, *, eps) -> Forward:
             grid=(size.cores, size.steps),
             in_specs=[_whole(packed), *[_hbm()] * len(sources)],
             out_specs=[_tokens(size), _per_tile(size, size.S8, LANES), _groups(size)],
-            scratch_shapes=[_buffer(size, 2, sources[0].dtype), pltpu.SemaphoreType.DMA((2,))],
+            scratch_shapes=[
+                _buffer(size, 2, sources[0].dtype),
+                pltpu.VMEM((size.groups, size.S8, size.lanes), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
         ),
         out_shape=[
             output((size.S, size.tokens, size.D), sources[0].dtype, sources[0]),
             output((size.tokens // size.tile, size.S8, LANES), jnp.float32, sources[0]),
-            output((size.tokens // GROUP, *size.stats), jnp.float32, sources[0]),
+            output((size.tokens // size.group, *size.stats), jnp.float32, sources[0]),
         ],
         compiler_params=params(vmem),
         name="depth_mix_forward",
-    )(_counts(counts, size), packed, *[_grouped(v) for v in sources])
+    )(_counts(counts, size), packed, *[_grouped(size, v) for v in sources])
     lse = lse[:, : size.S, : size.tile].swapaxes(0, 1).reshape(size.S, size.tokens)
     return Forward(mixture[:, :tokens], lse[:, :tokens], stats)
 
@@ -103,8 +122,8 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
     d_lse = jnp.pad(d_lse, [(0, size.S8 - size.S), (0, size.tokens - tokens)])
     d_lse = d_lse.reshape(size.S8, -1, size.tile).swapaxes(0, 1)
     d_lse = jnp.pad(d_lse, [(0, 0), (0, 0), (0, LANES - size.tile)])
-    args = [_packed(w, dtype, size), d_mixture, d_lse, stats, *[_grouped(v) for v in sources]]
-    args += [_grouped(v) for v in _padded(d_sources)] if add else []
+    args = [_packed(w, dtype, size), d_mixture, d_lse, stats, *[_grouped(size, v) for v in sources]]
+    args += [_grouped(size, v) for v in _padded(d_sources)] if add else []
     d_w, *d_sources = pl.pallas_call(
         functools.partial(_backward_kernel, size, many, add),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -128,7 +147,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
         ),
         out_shape=[
             output((size.cores, size.S8, size.D), jnp.float32, sources[0]),
-            *[output(_grouped(v).shape, dtype, sources[0]) for v in sources],
+            *[output(_grouped(size, v).shape, dtype, sources[0]) for v in sources],
         ],
         input_output_aliases={5 + many + k: 1 + k for k in range(many)} if add else {},
         compiler_params=params(vmem),
@@ -139,7 +158,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
 
 
 def _forward_kernel(size, counts, w, *refs):
-    *sources, mixture, lse, stats, buffer, arrived = refs
+    *sources, mixture, lse, stats, buffer, weights, arrived = refs
     step, slot = pl.program_id(1), lax.rem(pl.program_id(1), 2)
     _clear(size, buffer)
 
@@ -150,17 +169,30 @@ def _forward_kernel(size, counts, w, *refs):
     _each(copies(step, slot), "wait")
     visible = _visible(size, counts)
 
-    def group(q, lses):
-        v = buffer.at[slot, q]
-        scores, rstd = _scores(size, w, v)
-        stats[q] = jnp.concatenate([jnp.concatenate(scores, 1), jnp.concatenate(rstd, 1)], 0)
-        weights, lse = _softmax(
-            [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
-        )
-        _mix(size, _diagonal(size, weights), v, mixture, q)
-        return jnp.where(_lane((size.S8, LANES)) // GROUP == q, lse, lses)
+    def score(i, carry):
+        some = [i * size.scored + k for k in range(size.scored)]
+        found = [_scores(size, w, buffer.at[slot, q]) for q in some]
+        for q, (scores, rstd) in zip(some, found, strict=True):
+            stats[q] = _with_rstd(size, scores, rstd)
+        return carry
 
-    lse[...] = lax.fori_loop(0, size.groups, group, jnp.zeros((size.S8, LANES), jnp.float32))
+    def weigh(i, lses):
+        for q in [i * size.weighed + k for k in range(size.weighed)]:
+            stat = [stats[q, : size.S8, pl.ds(b, LANES)] for b in range(0, size.lanes, LANES)]
+            shares, lse = _softmax(size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, stat, strict=True)])
+            weights[q] = jnp.concatenate(shares, 1)
+            lses = jnp.where(_lane((size.S8, LANES)) // size.group == q, lse, lses)
+        return lses
+
+    def mix(i, carry):
+        for q in [i * size.mixed + k for k in range(size.mixed)]:
+            _mix(size, weights.at[q], buffer.at[slot, q], mixture, q)
+        return carry
+
+    lax.fori_loop(0, size.groups // size.scored, score, 0)
+    none = jnp.zeros((size.S8, LANES), jnp.float32)
+    lse[...] = lax.fori_loop(0, size.groups // size.weighed, weigh, none)
+    lax.fori_loop(0, size.groups // size.mixed, mix, 0)
 
 
 def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs):
@@ -194,23 +226,23 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
     visible = _visible(size, counts)
 
     def group(q, carry):
-        rows = pl.ds(pl.multiple_of(q * GROUP, GROUP), GROUP)
+        rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
         v, total = buffer.at[slot, q], sums.at[third, q]
         stat = [stats[q, :, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
-        scores, rstd = [s[: size.S8] for s in stat], [s[size.S8 : size.S8 + 1] for s in stat]
-        weights, _ = _softmax([jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)])
+        scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
+        weights, _ = _softmax(size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)])
         d_out = jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
         d_weights = _traces(size, _dot(d_out, v[...], NT))
-        own = jnp.where(_lane((size.S8, LANES)) // GROUP == q, d_lse[...], 0.0)
-        center = _over_sources(sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
-        center = center - _over_sources(own, jnp.add)
+        own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)
+        center = _over_sources(size, sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
+        center = center - _over_sources(size, own, jnp.add)
         d_scores = [a * (d - center) for a, d in zip(weights, d_weights, strict=True)]
         pulls = [d * r for d, r in zip(d_scores, rstd, strict=True)]
         shrink = [
             jnp.sum(p * s, 0, keepdims=True) * r / size.D for p, s, r in zip(pulls, scores, rstd, strict=True)
         ]
         _pull(size, weights, pulls, shrink, d_out, w, v, total if add else None, total)
-        pulls = jnp.concatenate(pulls, 1)[:, : size.R * GROUP]
+        pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
         d_w[...] += _two_halves(pulls, v[...], NN)
         return carry
 
@@ -225,10 +257,18 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
 
 
 def _scores(size, w, v):
-    """Scores [S8, 128] and rstd [8, 128] of one group, a list over registers of lanes (source, token)."""
+    """Scores [S8, lanes] and rstd [8, lanes] of one group; lanes are (source, token)."""
     raw, square = _both_halves(_dot(w[...], v[...], NT), size.S8), _squares(v)
     rstd = lax.rsqrt(square / size.D + size.eps)
-    return _blocks(size, raw * rstd[:1]), _blocks(size, rstd)
+    return _widen(size, raw * jnp.concatenate([rstd] * (size.S8 // 8), 0)), _widen(size, rstd)
+
+
+def _with_rstd(size, scores, rstd):
+    """What is kept of a group: rstd takes the row after the scores."""
+    rows = size.stats[0]
+    scores = scores if rows == size.S8 else jnp.concatenate([scores, rstd], 0)
+    here = lax.broadcasted_iota(jnp.int32, scores.shape, 0) == size.S
+    return jnp.where(here, jnp.concatenate([rstd] * (rows // 8), 0), scores)
 
 
 def _squares(v):
@@ -245,56 +285,62 @@ def _squares(v):
     return sum(_dot(ones, p, NT) for p in parts)[:8]
 
 
-def _softmax(scores):
+def _softmax(size, scores):
     """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat every 16."""
-    top = _over_sources(functools.reduce(jnp.maximum, scores), jnp.maximum)
+    top = _over_sources(size, functools.reduce(jnp.maximum, scores), jnp.maximum)
     e = [jnp.exp(s - top) for s in scores]
-    total = _over_sources(functools.reduce(jnp.add, e), jnp.add)
+    total = _over_sources(size, functools.reduce(jnp.add, e), jnp.add)
     return [x / total for x in e], top + jnp.log(total)
 
 
-def _over_sources(x, op):
+def _over_sources(size, x, op):
     """Reduce a register over its 8 sources; the result stands at each of them."""
-    for shift in (64, 32, 16):
-        x = op(x, pltpu.roll(x, shift, 1))
+    shift = LANES // 2
+    while shift >= size.group:
+        x, shift = op(x, pltpu.roll(x, shift, 1)), shift // 2
     return x
 
 
 def _diagonal(size, weights):
     """[S * 16, R * 16]: for each query, the diagonal of every source's 16 by 16 square."""
-    keep = _lane((GROUP, size.lanes)) % GROUP == lax.broadcasted_iota(jnp.int32, (GROUP, size.lanes), 0)
-    rows = jnp.concatenate(weights, 1)
-    spread = [jnp.where(keep, jnp.broadcast_to(rows[s : s + 1], keep.shape), 0.0) for s in range(size.S)]
-    return jnp.concatenate(spread, 0)[:, : size.R * GROUP]
+    keep = _lane((size.group, size.lanes)) % size.group == lax.broadcasted_iota(jnp.int32, (size.group, size.lanes), 0)
+    spread = [jnp.where(keep, jnp.broadcast_to(weights[s : s + 1], keep.shape), 0.0) for s in range(size.S)]
+    return jnp.concatenate(spread, 0)[:, : size.R * size.group]
 
 
 def _traces(size, products):
     """The inverse of `_diagonal`: [S * 16, R * 16] to lists of [S8, 128]."""
-    rows = [_widen(size, products[s * GROUP : (s + 1) * GROUP]) for s in range(size.S)]
-    keep = _lane((GROUP, size.lanes)) % GROUP == lax.broadcasted_iota(jnp.int32, (GROUP, size.lanes), 0)
+    rows = [_widen(size, products[s * size.group : (s + 1) * size.group]) for s in range(size.S)]
+    keep = _lane((size.group, size.lanes)) % size.group == lax.broadcasted_iota(jnp.int32, (size.group, size.lanes), 0)
     sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
     sums += [jnp.zeros((size.S8 - size.S, size.lanes), jnp.float32)] if size.S8 > size.S else []
     whole = jnp.concatenate(sums, 0)
     return [whole[:, b : b + LANES] for b in range(0, size.lanes, LANES)]
 
 
+def _mixing(size, weights, dtype):
+    """The left side of the mixture: the weights' diagonals, [S * group, R * group], in halves one below the other."""
+    parts = [weights] if dtype == jnp.float32 else [part.astype(jnp.float32) for part in _halves(weights)]
+    return jnp.concatenate([_diagonal(size, part) for part in parts], 0).astype(dtype)
+
+
 def _mix(size, weights, v, mixture, q):
     """Mixtures of one group, some columns at a time."""
-    rows = pl.ds(pl.multiple_of(q * GROUP, GROUP), GROUP)
-    left = _stack_halves(weights, v.dtype)
+    rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
+    left = _mixing(size, weights[...], v.dtype)
     for at, width in _columns(size.D):
-        out = _both_halves(_dot(left, v[:, pl.ds(at, width)], NN), size.S * GROUP)
+        out = _both_halves(_dot(left, v[:, pl.ds(at, width)], NN), size.S * size.group)
         for s in range(size.S):
-            mixture[s, rows, pl.ds(at, width)] = out[s * GROUP : (s + 1) * GROUP].astype(mixture.dtype)
+            mixture[s, rows, pl.ds(at, width)] = out[s * size.group : (s + 1) * size.group].astype(mixture.dtype)
 
 
 def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
     """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
-    left = jnp.concatenate([_diagonal(size, weights), jnp.concatenate(pulls, 1)[:, : size.R * GROUP]], 0)
+    left = jnp.concatenate([_diagonal(size, jnp.concatenate(weights, 1)), jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0)
     left = left.T.astype(v.dtype)
     columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * (8 - len(shrink))], 0).T
     shrink = jnp.concatenate([columns[:, b : b + 1] for b in range(size.lanes // LANES)], 0)
-    shrink = shrink[: size.R * GROUP]
+    shrink = shrink[: size.R * size.group]
     for at, width in _columns(size.D):
         cols = pl.ds(at, width)
         right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
@@ -355,7 +401,7 @@ def _visible(size, counts):
     """Which lanes hold a source that may be seen, for each register."""
     masks = []
     for b in range(size.lanes // LANES):
-        source, seen, at = _lane((size.S8, LANES)) // GROUP + b * ROWS_PER_BLOCK, None, 0
+        source, seen, at = (_lane((size.S8, LANES)) + b * LANES) // size.group, None, 0
         for k, rows in enumerate(size.rows):
             here = (source >= at) & (source < at + (counts[k] if size.counted else rows))
             seen, at = here if seen is None else seen | here, at + rows
@@ -374,7 +420,7 @@ def _copies(size, counts, arrays, buffer, semaphore, step, slot, out=False):
     for k, (rows, array) in enumerate(zip(size.rows, arrays, strict=True)):
 
         def copy(r, array=array, at=at):
-            there = buffer.at[slot, :, pl.ds(pl.multiple_of((at + r) * GROUP, GROUP), GROUP)]
+            there = buffer.at[slot, :, pl.ds(pl.multiple_of((at + r) * size.group, size.group), size.group)]
             ends = (there, array.at[r, tile]) if out else (array.at[r, tile], there)
             return pltpu.make_async_copy(*ends, semaphore.at[slot])
 
@@ -418,7 +464,7 @@ def _sizes(direction, w, sources, counts, eps):
     (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
     config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
     counted = any(n is not None for n in counts)
-    return Sizes(S, rows, tokens, D, config.tile, config.cores, eps, counted), config.vmem
+    return Sizes(S, rows, tokens, D, config.tile, config.group, config.cores, eps, counted), config.vmem
 
 
 def _counts(counts, size):
@@ -431,12 +477,12 @@ def _padded(arrays):
     return tuple(jnp.pad(a, [(0, 0), (0, short), (0, 0)]) for a in arrays) if short else tuple(arrays)
 
 
-def _grouped(v):
-    return v.reshape(len(v), -1, GROUP, v.shape[-1])
+def _grouped(size, v):
+    return v.reshape(len(v), -1, size.group, v.shape[-1])
 
 
 def _buffer(size, slots, dtype):
-    return pltpu.VMEM((slots, size.groups, size.R * GROUP, size.D), dtype)
+    return pltpu.VMEM((slots, size.groups, size.R * size.group, size.D), dtype)
 
 
 def _hbm():
