@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.depth_mix.tuned import TUNED
-from pallas_kernels.tpu import LANES, chip
+from pallas_kernels.tpu import LANES, chip, mxu
 
 GROUP = 16
 """Tokens of one block-diagonal product: the height of a bf16 tile."""
@@ -34,8 +34,8 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
 
 
 def group(R: int) -> int:
-    """Tokens of one block-diagonal product: as many as keep (source, token) within 128 lanes, 8 to 64."""
-    return next((g for g in (64, 32, 16) if R * g <= LANES), 8)
+    """Tokens of one block-diagonal product: as many as keep (source, token) within the MXU, 8 to 64."""
+    return next((g for g in (64, 32, 16) if R * g <= mxu()), 8)
 
 
 def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:

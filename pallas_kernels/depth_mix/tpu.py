@@ -57,20 +57,10 @@ class Sizes(NamedTuple):
         """Of a tile."""
         return self.tile // self.group
 
-    @property
-    def scored(self) -> int:
-        """Groups scored in one loop body."""
-        return math.gcd(self.groups, 4)
-
-    @property
-    def weighed(self) -> int:
-        """Groups weighed in one loop body."""
-        return math.gcd(self.groups, 8)
-
-    @property
-    def mixed(self) -> int:
-        """Groups mixed in one loop body."""
-        return math.gcd(self.groups, 2)
+    def together(self, tokens: int) -> int:
+        """Groups of one loop body: a power of two of about `tokens`, fewer where a row is wide."""
+        wanted = max(1, tokens * min(1024, self.D) // self.D // self.group)
+        return math.gcd(self.groups, 2 ** (wanted.bit_length() - 1))
 
     @property
     def steps(self) -> int:
@@ -169,30 +159,34 @@ def _forward_kernel(size, counts, w, *refs):
     _each(copies(step, slot), "wait")
     visible = _visible(size, counts)
 
+    scored, weighed, mixed = size.together(64), math.gcd(size.groups, 8), size.together(128)
+
     def score(i, carry):
-        some = [i * size.scored + k for k in range(size.scored)]
+        some = [i * scored + k for k in range(scored)]
         found = [_scores(size, w, buffer.at[slot, q]) for q in some]
         for q, (scores, rstd) in zip(some, found, strict=True):
             stats[q] = _with_rstd(size, scores, rstd)
         return carry
 
     def weigh(i, lses):
-        for q in [i * size.weighed + k for k in range(size.weighed)]:
+        for q in [i * weighed + k for k in range(weighed)]:
             stat = [stats[q, : size.S8, pl.ds(b, LANES)] for b in range(0, size.lanes, LANES)]
-            shares, lse = _softmax(size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, stat, strict=True)])
+            shares, lse = _softmax(
+                size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, stat, strict=True)]
+            )
             weights[q] = jnp.concatenate(shares, 1)
             lses = jnp.where(_lane((size.S8, LANES)) // size.group == q, lse, lses)
         return lses
 
     def mix(i, carry):
-        for q in [i * size.mixed + k for k in range(size.mixed)]:
+        for q in [i * mixed + k for k in range(mixed)]:
             _mix(size, weights.at[q], buffer.at[slot, q], mixture, q)
         return carry
 
-    lax.fori_loop(0, size.groups // size.scored, score, 0)
+    lax.fori_loop(0, size.groups // scored, score, 0)
     none = jnp.zeros((size.S8, LANES), jnp.float32)
-    lse[...] = lax.fori_loop(0, size.groups // size.weighed, weigh, none)
-    lax.fori_loop(0, size.groups // size.mixed, mix, 0)
+    lse[...] = lax.fori_loop(0, size.groups // weighed, weigh, none)
+    lax.fori_loop(0, size.groups // mixed, mix, 0)
 
 
 def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs):
@@ -273,16 +267,14 @@ def _with_rstd(size, scores, rstd):
 
 def _squares(v):
     """sum_d v^2 of the rows of `v`, along lanes [8, rows]: to 128 columns first, the rest by a product."""
-    D = v.shape[1]
-    if D % LANES:
-        x = v[...].astype(jnp.float32)
-        part = x * x
-    else:
-        tiles = [v[:, pl.ds(at, LANES)].astype(jnp.float32) for at in range(0, D, LANES)]
-        part = functools.reduce(jnp.add, [t * t for t in tiles])
-    parts = (part,) if v.dtype == jnp.float32 else _halves(part)
-    ones = jnp.ones((16, part.shape[1]), parts[0].dtype)
-    return sum(_dot(ones, p, NT) for p in parts)[:8]
+    D, whole = v.shape[1], v.shape[1] // LANES * LANES
+    tiles = [v[:, pl.ds(at, LANES)].astype(jnp.float32) for at in range(0, whole, LANES)]
+    parts = [functools.reduce(jnp.add, [t * t for t in tiles])] if tiles else []
+    if D > whole:
+        tail = v[:, pl.ds(whole, D - whole)].astype(jnp.float32)
+        parts.append(tail * tail)
+    halves = [h for p in parts for h in ((p,) if v.dtype == jnp.float32 else _halves(p))]
+    return sum(_dot(jnp.ones((16, h.shape[1]), h.dtype), h, NT) for h in halves)[:8]
 
 
 def _softmax(size, scores):
@@ -456,8 +448,8 @@ def _clear(size, buffer):
 
 
 def _columns(D):
-    step = next((w for w in range(WIDTH, 0, -LANES) if D % w == 0), D)
-    return [(at, step) for at in range(0, D, step)]
+    """Pieces of a row, (first, width): whole pairs of registers, for an MXU may be 256 wide; the last is what is left."""
+    return [(at, min(WIDTH, D - at)) for at in range(0, D, WIDTH)]
 
 
 def _sizes(direction, w, sources, counts, eps):
