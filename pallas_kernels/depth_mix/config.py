@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from pallas_kernels.depth_mix.tuned import TUNED
 from pallas_kernels.tpu import LANES, chip, mxu
 
-GROUP = 16
-"""Tokens of one block-diagonal product: the height of a bf16 tile."""
+STEP = 2 << 20
+"""Bytes that one grid step moves at least, if there are tokens enough."""
 
 
 class Config(NamedTuple):
@@ -23,25 +23,32 @@ class Config(NamedTuple):
 
 
 def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens: int) -> Config:
-    """The largest tile that fits. Raises `ValueError` where not even `GROUP` tokens of all sources do."""
+    """The largest tile that fits, in the forward pass a larger one where sources are few: a step has its costs.
+
+    Raises `ValueError` where not even one group of tokens of all sources fits."""
     limit, cores = chip()
-    tile = TUNED.get((direction, S, R, D), LANES)
-    while tile > GROUP and vmem_bytes(direction, S, R, D, dtype, tile) > limit:
+    least, tile = group(S, R), TUNED.get((direction, S, R, D), 4 * LANES if direction == "forward" else LANES)
+    row = (R + S) * D * jnp.dtype(dtype).itemsize
+    while tile > LANES and (tokens % tile or tile * row > STEP):
+        tile //= 2
+    while tile > least and vmem_bytes(direction, S, R, D, dtype, tile) > limit:
         tile //= 2
     if (need := vmem_bytes(direction, S, R, D, dtype, tile)) > limit:
         raise ValueError(_too_large(S, R, D, need, limit))
-    return Config(tile, group(R), cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+    return Config(tile, least, cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
 
 
-def group(R: int) -> int:
-    """Tokens of one block-diagonal product: as many as keep (source, token) within the MXU, 8 to 64."""
-    return next((g for g in (64, 32, 16) if R * g <= mxu()), 8)
+def group(S: int, R: int) -> int:
+    """Tokens of one block-diagonal product, 8 to 64: as many as keep (source, token) within the MXU.
+
+    (query, token), over which the backward pass contracts, stays within 512."""
+    return next((g for g in (64, 32, 16) if R * g <= mxu() and S * g <= 4 * LANES), 8)
 
 
 def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:
     """Why this TPU cannot run the op in both directions, or None."""
     limit, _ = chip()
-    need = max(vmem_bytes(d, S, R, D, dtype, GROUP) for d in ("forward", "backward"))
+    need = max(vmem_bytes(d, S, R, D, dtype, group(S, R)) for d in ("forward", "backward"))
     return _too_large(S, R, D, need, limit) if need > limit else None
 
 
@@ -49,12 +56,12 @@ def vmem_bytes(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: i
     """Buffers of the pipeline, W, and room for what is between two products."""
     row = tile * D * jnp.dtype(dtype).itemsize
     rows = 2 * R + 2 * S if direction == "forward" else 5 * R + 2 * S
-    between = 4 * GROUP * min(D, 1024) * (2 * S + R) + 4 * GROUP * R * D
+    between = 4 * group(S, R) * min(D, 1024) * (2 * S + R) + 4 * group(S, R) * R * D
     return rows * row + 12 * 8 * math.ceil(S / 8) * D + between + (2 << 20)
 
 
 def _too_large(S, R, D, need, limit):
     return (
-        f"depth_mix holds {GROUP} tokens of R = {R} sources and S = {S} mixtures, D = {D} wide, in VMEM: "
+        f"depth_mix holds {group(S, R)} tokens of R = {R} sources and S = {S} mixtures, D = {D} wide, in VMEM: "
         f"{need / 2**20:.0f} MiB, the limit is {limit / 2**20:.0f} MiB. Use fewer sources, or no kernel"
     )

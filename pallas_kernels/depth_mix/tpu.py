@@ -57,6 +57,11 @@ class Sizes(NamedTuple):
         """Of a tile."""
         return self.tile // self.group
 
+    @property
+    def span(self) -> int:
+        """Lanes that hold the tokens of a tile."""
+        return max(LANES, self.tile)
+
     def together(self, tokens: int) -> int:
         """Groups of one loop body: a power of two of about `tokens`, fewer where a row is wide."""
         wanted = max(1, tokens * min(1024, self.D) // self.D // self.group)
@@ -84,7 +89,7 @@ def forward(w, sources, counts, *, eps) -> Forward:
             num_scalar_prefetch=1,
             grid=(size.cores, size.steps),
             in_specs=[_whole(packed), *[_hbm()] * len(sources)],
-            out_specs=[_tokens(size), _per_tile(size, size.S8, LANES), _groups(size)],
+            out_specs=[_tokens(size), _per_tile(size, size.S8, size.span), _groups(size)],
             scratch_shapes=[
                 _buffer(size, 2, sources[0].dtype),
                 pltpu.VMEM((size.groups, size.S8, size.lanes), jnp.float32),
@@ -93,7 +98,7 @@ def forward(w, sources, counts, *, eps) -> Forward:
         ),
         out_shape=[
             output((size.S, size.tokens, size.D), sources[0].dtype, sources[0]),
-            output((size.tokens // size.tile, size.S8, LANES), jnp.float32, sources[0]),
+            output((size.tokens // size.tile, size.S8, size.span), jnp.float32, sources[0]),
             output((size.tokens // size.group, *size.stats), jnp.float32, sources[0]),
         ],
         compiler_params=params(vmem),
@@ -122,7 +127,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
             in_specs=[
                 _whole(args[0]),
                 _tokens(size),
-                _per_tile(size, size.S8, LANES),
+                _per_tile(size, size.S8, size.span),
                 _groups(size),
                 *[_hbm()] * (many + many * add),
             ],
@@ -163,7 +168,7 @@ def _forward_kernel(size, counts, w, *refs):
 
     def score(i, carry):
         some = [i * scored + k for k in range(scored)]
-        found = [_scores(size, w, buffer.at[slot, q]) for q in some]
+        found = [_scores(size, w, buffer.at[slot, :, q]) for q in some]
         for q, (scores, rstd) in zip(some, found, strict=True):
             stats[q] = _with_rstd(size, scores, rstd)
         return carry
@@ -175,16 +180,17 @@ def _forward_kernel(size, counts, w, *refs):
                 size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, stat, strict=True)]
             )
             weights[q] = jnp.concatenate(shares, 1)
-            lses = jnp.where(_lane((size.S8, LANES)) // size.group == q, lse, lses)
+            lse = jnp.concatenate([lse] * (size.span // LANES), 1)
+            lses = jnp.where(_lane(lse.shape) // size.group == q, lse, lses)
         return lses
 
     def mix(i, carry):
         for q in [i * mixed + k for k in range(mixed)]:
-            _mix(size, weights.at[q], buffer.at[slot, q], mixture, q)
+            _mix(size, weights[q], buffer.at[slot, :, q], mixture, q)
         return carry
 
     lax.fori_loop(0, size.groups // scored, score, 0)
-    none = jnp.zeros((size.S8, LANES), jnp.float32)
+    none = jnp.zeros((size.S8, size.span), jnp.float32)
     lse[...] = lax.fori_loop(0, size.groups // weighed, weigh, none)
     lax.fori_loop(0, size.groups // mixed, mix, 0)
 
@@ -221,12 +227,12 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
 
     def group(q, carry):
         rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
-        v, total = buffer.at[slot, q], sums.at[third, q]
+        v, total = buffer.at[slot, :, q], sums.at[third, :, q]
         stat = [stats[q, :, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
         scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
         weights, _ = _softmax(size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)])
         d_out = jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
-        d_weights = _traces(size, _dot(d_out, v[...], NT))
+        d_weights = _traces(size, _dot(d_out, _rows(v), NT))
         own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)
         center = _over_sources(size, sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
         center = center - _over_sources(size, own, jnp.add)
@@ -237,7 +243,7 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
         ]
         _pull(size, weights, pulls, shrink, d_out, w, v, total if add else None, total)
         pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
-        d_w[...] += _two_halves(pulls, v[...], NN)
+        d_w[...] += _two_halves(pulls, _rows(v), NN)
         return carry
 
     lax.fori_loop(0, size.groups, group, 0)
@@ -252,7 +258,7 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
 
 def _scores(size, w, v):
     """Scores [S8, lanes] and rstd [8, lanes] of one group; lanes are (source, token)."""
-    raw, square = _both_halves(_dot(w[...], v[...], NT), size.S8), _squares(v)
+    raw, square = _both_halves(_dot(w[...], _rows(v), NT), size.S8), _squares(v)
     rstd = lax.rsqrt(square / size.D + size.eps)
     return _widen(size, raw * jnp.concatenate([rstd] * (size.S8 // 8), 0)), _widen(size, rstd)
 
@@ -267,11 +273,11 @@ def _with_rstd(size, scores, rstd):
 
 def _squares(v):
     """sum_d v^2 of the rows of `v`, along lanes [8, rows]: to 128 columns first, the rest by a product."""
-    D, whole = v.shape[1], v.shape[1] // LANES * LANES
-    tiles = [v[:, pl.ds(at, LANES)].astype(jnp.float32) for at in range(0, whole, LANES)]
+    D, whole = v.shape[-1], v.shape[-1] // LANES * LANES
+    tiles = [_rows(v, at, LANES).astype(jnp.float32) for at in range(0, whole, LANES)]
     parts = [functools.reduce(jnp.add, [t * t for t in tiles])] if tiles else []
     if D > whole:
-        tail = v[:, pl.ds(whole, D - whole)].astype(jnp.float32)
+        tail = _rows(v, whole, D - whole).astype(jnp.float32)
         parts.append(tail * tail)
     halves = [h for p in parts for h in ((p,) if v.dtype == jnp.float32 else _halves(p))]
     return sum(_dot(jnp.ones((16, h.shape[1]), h.dtype), h, NT) for h in halves)[:8]
@@ -293,53 +299,56 @@ def _over_sources(size, x, op):
     return x
 
 
-def _diagonal(size, weights):
-    """[S * 16, R * 16]: for each query, the diagonal of every source's 16 by 16 square."""
-    keep = _lane((size.group, size.lanes)) % size.group == lax.broadcasted_iota(jnp.int32, (size.group, size.lanes), 0)
-    spread = [jnp.where(keep, jnp.broadcast_to(weights[s : s + 1], keep.shape), 0.0) for s in range(size.S)]
+def _diagonal(size, rows):
+    """[len(rows) * group, R * group]: of each row, the diagonal of every source's square."""
+    keep = _on_diagonal(size)
+    spread = [jnp.where(keep, jnp.broadcast_to(row, keep.shape), 0.0) for row in rows]
     return jnp.concatenate(spread, 0)[:, : size.R * size.group]
+
+
+def _on_diagonal(size):
+    token = lax.broadcasted_iota(jnp.int32, (size.group, size.lanes), 0)
+    return _lane(token.shape) % size.group == token
 
 
 def _traces(size, products):
     """The inverse of `_diagonal`: [S * 16, R * 16] to lists of [S8, 128]."""
     rows = [_widen(size, products[s * size.group : (s + 1) * size.group]) for s in range(size.S)]
-    keep = _lane((size.group, size.lanes)) % size.group == lax.broadcasted_iota(jnp.int32, (size.group, size.lanes), 0)
+    keep = _on_diagonal(size)
     sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
     sums += [jnp.zeros((size.S8 - size.S, size.lanes), jnp.float32)] if size.S8 > size.S else []
     whole = jnp.concatenate(sums, 0)
     return [whole[:, b : b + LANES] for b in range(0, size.lanes, LANES)]
 
 
-def _mixing(size, weights, dtype):
-    """The left side of the mixture: the weights' diagonals, [S * group, R * group], in halves one below the other."""
-    parts = [weights] if dtype == jnp.float32 else [part.astype(jnp.float32) for part in _halves(weights)]
-    return jnp.concatenate([_diagonal(size, part) for part in parts], 0).astype(dtype)
-
-
 def _mix(size, weights, v, mixture, q):
-    """Mixtures of one group, some columns at a time."""
-    rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
-    left = _mixing(size, weights[...], v.dtype)
+    """Mixtures of one group, some columns at a time; both halves of a weight stand together."""
+    rows, G = pl.ds(pl.multiple_of(q * size.group, size.group), size.group), size.group
+    parts = [weights] if v.dtype == jnp.float32 else [h.astype(jnp.float32) for h in _halves(weights)]
+    left = _diagonal(size, [part[s : s + 1] for s in range(size.S) for part in parts]).astype(v.dtype)
     for at, width in _columns(size.D):
-        out = _both_halves(_dot(left, v[:, pl.ds(at, width)], NN), size.S * size.group)
+        out = _dot(left, _rows(v, at, width), NN)
         for s in range(size.S):
-            mixture[s, rows, pl.ds(at, width)] = out[s * size.group : (s + 1) * size.group].astype(mixture.dtype)
+            of = [out[k * G : (k + 1) * G] for k in range(s * len(parts), (s + 1) * len(parts))]
+            mixture[s, rows, pl.ds(at, width)] = sum(of).astype(mixture.dtype)
 
 
 def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
     """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
-    left = jnp.concatenate([_diagonal(size, jnp.concatenate(weights, 1)), jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0)
-    left = left.T.astype(v.dtype)
-    columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * (8 - len(shrink))], 0).T
+    whole = jnp.concatenate(weights, 1)
+    left = _diagonal(size, [whole[s : s + 1] for s in range(size.S)])
+    left = jnp.concatenate([left, jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0).T.astype(v.dtype)
+    short = -len(shrink) % 8
+    columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * short], 0).T
     shrink = jnp.concatenate([columns[:, b : b + 1] for b in range(size.lanes // LANES)], 0)
     shrink = shrink[: size.R * size.group]
     for at, width in _columns(size.D):
         cols = pl.ds(at, width)
         right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
-        total = _dot(left, right, NN) - shrink * v[:, cols].astype(jnp.float32)
+        total = _dot(left, right, NN) - shrink * _rows(v, at, width).astype(jnp.float32)
         if add is not None:
-            total = total + add[:, cols].astype(jnp.float32)
-        out[:, cols] = total.astype(out.dtype)
+            total = total + _rows(add, at, width).astype(jnp.float32)
+        out[:, :, cols] = total.astype(out.dtype).reshape(size.R, size.group, width)
 
 
 def _dot(a, b, contract):
@@ -406,24 +415,32 @@ def _lane(shape):
 
 
 def _copies(size, counts, arrays, buffer, semaphore, step, slot, out=False):
-    """The copies of one tile, as (number, index -> copy) of each array: only rows that may be seen."""
+    """The copies of one tile, of each array (rows, how many may be seen or None, (first, number) -> copy)."""
     tile = pl.ds((pl.program_id(0) * size.steps + step) * size.groups, size.groups)
     plans, at = [], 0
     for k, (rows, array) in enumerate(zip(size.rows, arrays, strict=True)):
 
-        def copy(r, array=array, at=at):
-            there = buffer.at[slot, :, pl.ds(pl.multiple_of((at + r) * size.group, size.group), size.group)]
-            ends = (there, array.at[r, tile]) if out else (array.at[r, tile], there)
-            return pltpu.make_async_copy(*ends, semaphore.at[slot])
+        def copy(r, number, array=array, at=at):
+            ends = (array.at[pl.ds(r, number), tile], buffer.at[slot, pl.ds(at + r, number)])
+            return pltpu.make_async_copy(*(reversed(ends) if out else ends), semaphore.at[slot])
 
-        plans.append((counts[k] if size.counted else rows, copy))
+        plans.append((rows, counts[k] if size.counted else None, copy))
         at += rows
     return plans
 
 
 def _each(plans, verb):
-    for number, copy in plans:
-        lax.fori_loop(0, number, lambda r, c, copy=copy: (getattr(copy(r), verb)(), c)[1], 0)
+    for rows, visible, copy in plans:
+        if visible is None:
+            getattr(copy(0, rows), verb)()
+        else:
+            lax.fori_loop(0, visible, lambda r, c, copy=copy: (getattr(copy(r, 1), verb)(), c)[1], 0)
+
+
+def _rows(ref, at=0, width=None):
+    """Columns of all (source, token) of a group, [R * group, width]."""
+    width = ref.shape[-1] if width is None else width
+    return ref[:, :, pl.ds(at, width)].reshape(-1, width)
 
 
 def _prefetch(size, step, copies, slots=2):
@@ -474,7 +491,7 @@ def _grouped(size, v):
 
 
 def _buffer(size, slots, dtype):
-    return pltpu.VMEM((slots, size.groups, size.R * size.group, size.D), dtype)
+    return pltpu.VMEM((slots, size.R, size.groups, size.group, size.D), dtype)
 
 
 def _hbm():
