@@ -18,6 +18,7 @@ class Config(NamedTuple):
 
     tile: int
     group: int
+    beside: bool
     cores: int
     vmem: int
 
@@ -35,14 +36,20 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
         tile //= 2
     if (need := vmem_bytes(direction, S, R, D, dtype, tile)) > limit:
         raise ValueError(_too_large(S, R, D, need, limit))
-    return Config(tile, least, cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+    return Config(tile, least, beside(S, R), cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
 
 
 def group(S: int, R: int) -> int:
     """Tokens of one block-diagonal product, 8 to 64: as many as keep (source, token) within the MXU.
 
     (query, token), over which the backward pass contracts, stays within 512."""
-    return next((g for g in (64, 32, 16) if R * g <= mxu() and S * g <= 4 * LANES), 8)
+    width = mxu() // 2 if beside(S, R) else mxu()
+    return next((g for g in (64, 32, 16) if R * g <= width and S * g <= 4 * LANES), 8)
+
+
+def beside(S: int, R: int) -> bool:
+    """Whether the two halves of a weight lie side by side, which costs R more rows and saves S."""
+    return S > R and R * 16 <= mxu() // 2
 
 
 def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:

@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
     D: int
     tile: int
     group: int
+    beside: bool
     cores: int
     eps: float
     counted: bool
@@ -300,21 +301,20 @@ def _over_sources(size, x, op):
 
 
 def _diagonal(size, rows):
-    """[len(rows) * group, R * group]: of each row, the diagonal of every source's square."""
-    keep = _on_diagonal(size)
-    spread = [jnp.where(keep, jnp.broadcast_to(row, keep.shape), 0.0) for row in rows]
-    return jnp.concatenate(spread, 0)[:, : size.R * size.group]
+    """[len(rows) * group, width of a row]: of each row, the diagonal of every source's square."""
+    keep = _on_diagonal(size, rows[0].shape[1])
+    return jnp.concatenate([jnp.where(keep, jnp.broadcast_to(row, keep.shape), 0.0) for row in rows], 0)
 
 
-def _on_diagonal(size):
-    token = lax.broadcasted_iota(jnp.int32, (size.group, size.lanes), 0)
+def _on_diagonal(size, width):
+    token = lax.broadcasted_iota(jnp.int32, (size.group, width), 0)
     return _lane(token.shape) % size.group == token
 
 
 def _traces(size, products):
     """The inverse of `_diagonal`: [S * 16, R * 16] to lists of [S8, 128]."""
     rows = [_widen(size, products[s * size.group : (s + 1) * size.group]) for s in range(size.S)]
-    keep = _on_diagonal(size)
+    keep = _on_diagonal(size, size.lanes)
     sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
     sums += [jnp.zeros((size.S8 - size.S, size.lanes), jnp.float32)] if size.S8 > size.S else []
     whole = jnp.concatenate(sums, 0)
@@ -322,12 +322,16 @@ def _traces(size, products):
 
 
 def _mix(size, weights, v, mixture, q):
-    """Mixtures of one group, some columns at a time; both halves of a weight stand together."""
+    """Mixtures of one group, some columns at a time.
+
+    The two halves of a weight stand side by side, and the sources twice, or one below the other."""
     rows, G = pl.ds(pl.multiple_of(q * size.group, size.group), size.group), size.group
+    weights = weights[:, : size.R * G]
     parts = [weights] if v.dtype == jnp.float32 else [h.astype(jnp.float32) for h in _halves(weights)]
+    parts, copies = ([jnp.concatenate(parts, 1)], len(parts)) if size.beside else (parts, 1)
     left = _diagonal(size, [part[s : s + 1] for s in range(size.S) for part in parts]).astype(v.dtype)
     for at, width in _columns(size.D):
-        out = _dot(left, _rows(v, at, width), NN)
+        out = _dot(left, jnp.concatenate([_rows(v, at, width)] * copies, 0), NN)
         for s in range(size.S):
             of = [out[k * G : (k + 1) * G] for k in range(s * len(parts), (s + 1) * len(parts))]
             mixture[s, rows, pl.ds(at, width)] = sum(of).astype(mixture.dtype)
@@ -336,7 +340,7 @@ def _mix(size, weights, v, mixture, q):
 def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
     """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
     whole = jnp.concatenate(weights, 1)
-    left = _diagonal(size, [whole[s : s + 1] for s in range(size.S)])
+    left = _diagonal(size, [whole[s : s + 1, : size.R * size.group] for s in range(size.S)])
     left = jnp.concatenate([left, jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0).T.astype(v.dtype)
     short = -len(shrink) % 8
     columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * short], 0).T
@@ -473,7 +477,7 @@ def _sizes(direction, w, sources, counts, eps):
     (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
     config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
     counted = any(n is not None for n in counts)
-    return Sizes(S, rows, tokens, D, config.tile, config.group, config.cores, eps, counted), config.vmem
+    return Sizes(S, rows, tokens, D, config.tile, config.group, config.beside, config.cores, eps, counted), config.vmem
 
 
 def _counts(counts, size):
