@@ -1,8 +1,8 @@
 """Phase 1 on TPU (Mosaic): a source is copied to VMEM once, and stays for scores, softmax and mixing.
 
-Tokens are walked in groups of 16, sources lie in VMEM group by group, `[groups, R * 16, D]`, so that with
-lanes `(source, token)` both matrix products of a group, scores `W V^T` and the mixture (block-diagonal
-weights) `A V`, take it as it is. README.md derives it.
+Tokens are walked in groups of 8 to 64. Sources lie in VMEM as `[R, groups, group, D]`, of which a group is
+`[R * group, D]`: both its matrix products, scores `W V^T` (lanes are `(source, token)`) and the mixture
+`A V` (block-diagonal weights), take it as it is. README.md derives it.
 """
 
 import functools
@@ -166,6 +166,7 @@ def _forward_kernel(size, counts, w, *refs):
     visible = _visible(size, counts)
 
     scored, weighed, mixed = size.together(64), math.gcd(size.groups, 8), size.together(128)
+    # Three loops, each over several groups at once, for what waits in one group is hidden by the others.
 
     def score(i, carry):
         some = [i * scored + k for k in range(scored)]
@@ -231,7 +232,9 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
         v, total = buffer.at[slot, :, q], sums.at[third, :, q]
         stat = [stats[q, :, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
         scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
-        weights, _ = _softmax(size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)])
+        weights, _ = _softmax(
+            size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
+        )
         d_out = jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
         d_weights = _traces(size, _dot(d_out, _rows(v), NT))
         own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)
@@ -277,7 +280,7 @@ def _squares(v):
     D, whole = v.shape[-1], v.shape[-1] // LANES * LANES
     tiles = [_rows(v, at, LANES).astype(jnp.float32) for at in range(0, whole, LANES)]
     parts = [functools.reduce(jnp.add, [t * t for t in tiles])] if tiles else []
-    if D > whole:
+    if whole < D:
         tail = _rows(v, whole, D - whole).astype(jnp.float32)
         parts.append(tail * tail)
     halves = [h for p in parts for h in ((p,) if v.dtype == jnp.float32 else _halves(p))]
@@ -285,7 +288,7 @@ def _squares(v):
 
 
 def _softmax(size, scores):
-    """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat every 16."""
+    """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat."""
     top = _over_sources(size, functools.reduce(jnp.maximum, scores), jnp.maximum)
     e = [jnp.exp(s - top) for s in scores]
     total = _over_sources(size, functools.reduce(jnp.add, e), jnp.add)
@@ -293,7 +296,7 @@ def _softmax(size, scores):
 
 
 def _over_sources(size, x, op):
-    """Reduce a register over its 8 sources; the result stands at each of them."""
+    """Reduce a register over its sources; the result stands at each of them."""
     shift = LANES // 2
     while shift >= size.group:
         x, shift = op(x, pltpu.roll(x, shift, 1)), shift // 2
@@ -312,7 +315,7 @@ def _on_diagonal(size, width):
 
 
 def _traces(size, products):
-    """The inverse of `_diagonal`: [S * 16, R * 16] to lists of [S8, 128]."""
+    """The inverse of `_diagonal`: [S * group, R * group] to lists of [S8, 128]."""
     rows = [_widen(size, products[s * size.group : (s + 1) * size.group]) for s in range(size.S)]
     keep = _on_diagonal(size, size.lanes)
     sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
@@ -469,7 +472,7 @@ def _clear(size, buffer):
 
 
 def _columns(D):
-    """Pieces of a row, (first, width): whole pairs of registers, for an MXU may be 256 wide; the last is what is left."""
+    """Pieces of a row, (first, width): an even number of registers, for an MXU 256 wide, but for the last."""
     return [(at, min(WIDTH, D - at)) for at in range(0, D, WIDTH)]
 
 
@@ -477,7 +480,9 @@ def _sizes(direction, w, sources, counts, eps):
     (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
     config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
     counted = any(n is not None for n in counts)
-    return Sizes(S, rows, tokens, D, config.tile, config.group, config.beside, config.cores, eps, counted), config.vmem
+    return Sizes(
+        S, rows, tokens, D, config.tile, config.group, config.beside, config.cores, eps, counted
+    ), config.vmem
 
 
 def _counts(counts, size):
