@@ -3,11 +3,12 @@
 from attnres_jax.residuals.additive import Plain
 from attnres_jax.residuals.attention import AttnRes
 from attnres_jax.residuals.base import Mix, Read, Scheme
+from attnres_jax.rules import Rule
 
 SCHEMES = {
     "plain": lambda block_size, eps: Plain(),
-    "full": lambda block_size, eps: AttnRes(block_size=1, eps=eps),
-    "block": lambda block_size, eps: AttnRes(block_size=block_size, eps=eps),
+    "full": lambda block_size, eps: AttnRes(block_size=1, rule=Rule(eps)),
+    "block": lambda block_size, eps: AttnRes(block_size=block_size, rule=Rule(eps)),
 }
 
 

@@ -14,6 +14,7 @@ from attnres_jax import depth, ops
 from attnres_jax.autodiff import Once, take
 from attnres_jax.axes import compute_dtype
 from attnres_jax.residuals.base import Mix, Read, Scheme, append
+from attnres_jax.rules import Rule
 from attnres_jax.schedule import BlockSchedule
 
 
@@ -36,11 +37,11 @@ class AttnRes(Scheme):
     """Block AttnRes with `block_size` S sublayers per block; S = 1 is Full AttnRes.
 
     `two_phase=False` reads all sources of a sublayer at once, as the definition is written; the result
-    is the same. `eps` is the key norm's.
+    is the same. `rule` says how sources are weighed.
     """
 
     block_size: int = 1
-    eps: float = 1e-6
+    rule: Rule = depth.RULE
     two_phase: bool = True
     append_only: ClassVar[bool] = True
 
@@ -76,7 +77,7 @@ class AttnRes(Scheme):
     def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:
             running = () if stream is None else (stream,)
-            mixture, weights = depth.mix(slot.w, (*_unstack(history.rows), *running), self.eps)
+            mixture, weights = depth.mix(slot.w, (*_unstack(history.rows), *running), self.rule)
             return Read(norm(mixture), mixture, weights, history, stream)
         if self.block_size == 1:
             (mixture, _), done = take(history.done.rows, 0)
@@ -96,14 +97,14 @@ class AttnRes(Scheme):
     def finish(self, mix, history):
         w = _weight(mix, history)
         if not self.two_phase:
-            mixture, weights = depth.mix(w, _unstack(history), self.eps)
+            mixture, weights = depth.mix(w, _unstack(history), self.rule)
             return Read(mixture, mixture, weights)
         done, _ = ops.depth_mix(w[None], history, last=True, **self._how)
         return Read(done.mixture[0], done.mixture[0], None)
 
     @property
     def _how(self):
-        return {"eps": self.eps, "implementation": self.implementation, "placement": self.placement}
+        return {"rule": self.rule, "implementation": self.implementation, "placement": self.placement}
 
 
 def _weight(mix, history):
