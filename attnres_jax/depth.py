@@ -36,7 +36,7 @@ class Mixed(NamedTuple):
 
     mixture: Float[Array, "*tokens D"]
     weights: Float[Array, "R ..."]
-    """[R, *tokens], with heads [R, H, *tokens]."""
+    """[R, *tokens], with heads [R, *tokens, H]."""
 
 
 class Partial(NamedTuple):
@@ -47,7 +47,7 @@ class Partial(NamedTuple):
 
     mixture: Float[Array, "*tokens D"]
     lse: Float[Array, "..."] | None
-    """[*tokens], with heads [H, *tokens]; None where weights do not depend on the other sources (sigmoid)."""
+    """[*tokens], with heads [*tokens, H]; None where weights do not depend on the other sources (sigmoid)."""
 
 
 class RMSNorm(NamedTuple):
@@ -72,7 +72,7 @@ def mix(
     """One read over all its sources at once (one phase): the definition of AttnRes."""
     s = jnp.stack([scores(w, v, rule) for v in sources])
     weights = weigh(s if logits is None else s + _logits(logits, s, 1), 0, rule)[0]
-    shares = per_channel(weights, 1, sources[0].shape[-1], rule)
+    shares = per_channel(weights, sources[0].shape[-1], rule)
     mixture = sum(a * v.astype(a.dtype) for a, v in zip(shares, sources, strict=True))
     return Mixed(jnp.asarray(mixture, sources[0].dtype), weights)
 
@@ -84,24 +84,30 @@ def partial_mix(
     logits: Float[Array, "S R"] | None = None,
 ) -> Partial:
     """Phase 1: S reads at once over the visible rows. Returns mixture [S, ..., D] and lse [S, ...]."""
-    axis = 1 if rule.heads == 1 else 2
-    parts = [_visible(scores(w, rows.array, rule), rows.n, axis) for rows in sources]
-    s = jnp.concatenate(parts, axis)
-    if logits is not None:
-        s = s + _logits(logits[:, None] if rule.heads > 1 else logits, s, axis + 1)
-    weights, lse = weigh(s, axis, rule)
+    s = jnp.concatenate([_visible(scores(w, rows.array, rule), rows.n) for rows in sources], 1)
+    weights, lse = weigh(s if logits is None else s + _logits(logits, s, 2), 1, rule)
     at, mixture = 0, 0.0
     for rows in sources:
-        share, at = lax.slice_in_dim(weights, at, at + len(rows.array), axis=axis), at + len(rows.array)
-        share = per_channel(share, 1, rows.array.shape[-1], rule)
+        share, at = weights[:, at : at + len(rows.array)], at + len(rows.array)
+        share = per_channel(share, rows.array.shape[-1], rule)
         mixture = mixture + jnp.sum(share * rows.array.astype(weights.dtype), 1)
     return Partial(jnp.asarray(mixture, sources[0].array.dtype), lse)
 
 
-def _visible(s: Float[Array, "..."], n: Any, axis: int) -> Float[Array, "..."]:
+def total(sources: Sequence[Rows]) -> Float[Array, "*tokens D"]:
+    """The sum of all visible rows, rounded once: what the plain residual stream is."""
+    found = 0.0
+    for array, n in sources:
+        wide = array.astype(compute_dtype(array.dtype))
+        seen = True if n is None else (jnp.arange(len(array)) < n).reshape(-1, *[1] * (array.ndim - 1))
+        found = found + jnp.sum(jnp.where(seen, wide, 0), 0)
+    return jnp.asarray(found, sources[0].array.dtype)
+
+
+def _visible(s: Float[Array, "S R ..."], n: Any) -> Float[Array, "S R ..."]:
     if n is None:
         return s
-    row = jnp.arange(s.shape[axis]).reshape(-1, *[1] * (s.ndim - axis - 1))
+    row = jnp.arange(s.shape[1]).reshape(-1, *[1] * (s.ndim - 2))
     return jnp.where(row < n, s, -jnp.inf)
 
 
@@ -115,7 +121,7 @@ def single(w: Float[Array, " K"], v: Float[Array, "*tokens D"], rule: Rule, logi
     s = scores(w, v, rule) + logit
     if rule.activation == "softmax":
         return Partial(v, s)
-    share = per_channel(weigh(s, 0, rule)[0], 0, v.shape[-1], rule)
+    share = per_channel(weigh(s, 0, rule)[0], v.shape[-1], rule)
     return Partial(share * v.astype(share.dtype), None)
 
 
@@ -126,5 +132,5 @@ def merge(a: Partial, b: Partial, rule: Rule = RULE) -> Partial:
     first, second = a.mixture.astype(wide), b.mixture.astype(wide)
     if a.lse is None or b.lse is None:  # weights of a source that do not depend on the others
         return Partial((first + second).astype(dtype), None)
-    weights = per_channel(jax.nn.softmax(jnp.stack([a.lse, b.lse]), axis=0), 1, width, rule)
+    weights = per_channel(jax.nn.softmax(jnp.stack([a.lse, b.lse]), axis=0), width, rule)
     return Partial((weights[0] * first + weights[1] * second).astype(dtype), jnp.logaddexp(a.lse, b.lse))

@@ -22,7 +22,7 @@ from pallas_kernels.depth_mix import vjp as mix_kernel
 
 
 def depth_mix(
-    w: Float[Array, "S D"],
+    w: Float[Array, "S K"],
     sources: Sequence[Rows],
     *,
     rule: Rule = RULE,
@@ -36,7 +36,7 @@ def depth_mix(
     Later reads take the sources that come back, so that cotangents add up in place. `last`: none. `logits`
     are added to the scores of all rows, visible or not."""
     arrays, counts = tuple(rows.array for rows in sources), tuple(rows.n for rows in sources)
-    shape = len(w), sum(map(len, arrays)), w.shape[-1], arrays[0].dtype
+    shape = len(w), sum(map(len, arrays)), arrays[0].shape[-1], arrays[0].dtype
     unfit = no_kernel(rule, logits)
     chosen, _ = choose(implementation, placement, shape[-1], partial(mix_config.tpu_refusal, *shape), unfit)
 
@@ -49,13 +49,12 @@ def depth_mix(
         *done, after = mix_kernel.depth_mix(w, arrays, counts, rule.eps, not last, chosen)
         return Partial(*done), after
 
-    kinds = (_partial(rule), "rows")
-    done, after = _local(chosen, placement, mix, (w, counts, logits), (arrays,), ("rows",), kinds)
+    done, after = _local(chosen, placement, mix, (w, counts, logits), (arrays,), ("rows",), ("rows", "rows"))
     return done, () if last else tuple(map(Rows, after, counts))
 
 
 def depth_merge(
-    w: Float[Array, " D"],
+    w: Float[Array, " K"],
     done: Partial,
     stream: Float[Array, "*tokens D"],
     j: Any,
@@ -87,19 +86,14 @@ def depth_merge(
 
     scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
     kept, at = (None, None) if row is None or chosen != "tpu" else row
-    shared, kinds = (w, scale, j, first, at, logit), ("tokens", _partial(rule), "tokens")
+    shared, kinds = (w, scale, j, first, at, logit), ("tokens", "rows", "tokens")
     return _local(chosen, placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
 
 
-def _partial(rule):
-    return Partial("rows", "rows" if rule.heads == 1 else "heads")
-
-
 def _local(chosen, placement, op, shared, args, kinds, out_kinds):
-    """`op(shared, *args)`, each device on its own tokens; "rows" have an axis before them, "heads" two."""
+    """`op(shared, *args)`, each device on its own tokens; "rows" have an axis before the tokens."""
     if placement is None:
         return op(shared, *args)
-    names = ("tokens", "rows", "heads")
-    specs = {k: PartitionSpec(*[None] * i, *placement.spec) for i, k in enumerate(names)}
-    inside, outside = jax.tree.map(specs.get, (kinds, out_kinds))
+    specs = {"tokens": placement.spec, "rows": PartitionSpec(None, *placement.spec)}
+    inside, outside = (tuple(specs[k] for k in some) for some in (kinds, out_kinds))
     return placement.local(op, shared, args, inside, outside, typed=chosen not in ("gpu", "triton"))

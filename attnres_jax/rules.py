@@ -43,15 +43,15 @@ class Rule(NamedTuple):
 
 
 def scores(w: Float[Array, "*S K"], v: Float[Array, "*tokens D"], rule: Rule) -> Float[Array, "..."]:
-    """`w . key(v)`: [*S, *tokens], with heads [*S, H, *tokens]. A multiply-reduce, never a default matmul."""
+    """`w . key(v)`: [*S, *tokens], with heads [*S, *tokens, H]. A multiply-reduce, never a default matmul."""
     v = v.astype(compute_dtype(v.dtype))[..., -w.shape[-1] :]
-    lead = w.ndim - 1
     w = w.astype(v.dtype).reshape(*w.shape[:-1], *[1] * (v.ndim - 1), w.shape[-1])
-    rstd = lax.rsqrt(jnp.mean(v * v, -1) + jnp.asarray(rule.eps, v.dtype)) if rule.key_norm else 1
+    rstd = lax.rsqrt(jnp.mean(v * v, -1) + jnp.asarray(rule.eps, v.dtype)) if rule.key_norm else jnp.ones(())
     if rule.heads == 1:
         return jnp.sum(w * v, -1) * rstd
-    product = (w * v).reshape(*w.shape[:lead], *v.shape[:-1], rule.heads, -1)
-    return jnp.moveaxis(jnp.sum(product, -1), -1, lead) * rstd
+    product = w * v
+    product = product.reshape(*product.shape[:-1], rule.heads, -1)
+    return jnp.sum(product, -1) * rstd[..., None]
 
 
 def weigh(s: Float[Array, "..."], axis: int, rule: Rule) -> tuple[Float[Array, "..."], Any]:
@@ -64,11 +64,9 @@ def weigh(s: Float[Array, "..."], axis: int, rule: Rule) -> tuple[Float[Array, "
     return e / total, jnp.squeeze(top + jnp.log(total), axis)
 
 
-def per_channel(a: Float[Array, "..."], axis: int, width: int, rule: Rule) -> Float[Array, "..."]:
-    """Weights with a last axis that meets the channels of a source; the heads of `a` lie on `axis`."""
-    if rule.heads == 1:
-        return a[..., None]
-    return jnp.repeat(jnp.moveaxis(a, axis, -1), width // rule.heads, -1)
+def per_channel(a: Float[Array, "..."], width: int, rule: Rule) -> Float[Array, "..."]:
+    """Weights with a last axis that meets the channels of a source, `width` wide."""
+    return a[..., None] if rule.heads == 1 else jnp.repeat(a, width // rule.heads, -1)
 
 
 def no_kernel(rule: Rule, logits: Any) -> str | None:

@@ -12,6 +12,8 @@ from flax import nnx
 RULES = (
     (r"embed/embedding", "VD", "embedding"),
     (r"mix/(query|key_scale)", "LD", "depth"),
+    (r"mix/logits", "LR", "depth"),
+    (r"mix/query_map", "LDD", "depth"),
     (r"layers/a/norm/scale", "D", "norm"),
     (r"layers/a/query/kernel", "D>HK", "matrix"),
     (r"layers/a/(key|value)/kernel", "D>HK", "matrix"),
@@ -20,6 +22,8 @@ RULES = (
     (r"layers/m/(gate|up)/kernel", "D>F", "matrix"),
     (r"layers/m/down/kernel", "F>D", "matrix"),
     (r"mix/(query|key_scale)_out", "D", "depth"),
+    (r"mix/logits_out", "R", "depth"),
+    (r"mix/query_map_out", "DD", "depth"),
     (r"norm/scale", "D", "norm"),
     (r"head/kernel", "D>V", "head"),
 )

@@ -1,15 +1,28 @@
 """Residual schemes by name."""
 
+from attnres_jax.residuals.ablations import Additive, Biased, InputQuery
 from attnres_jax.residuals.additive import Plain
 from attnres_jax.residuals.attention import AttnRes
 from attnres_jax.residuals.base import Mix, Read, Scheme
-from attnres_jax.rules import Rule
 
 SCHEMES = {
     "plain": lambda block_size, eps: Plain(),
-    "full": lambda block_size, eps: AttnRes(block_size=1, rule=Rule(eps)),
-    "block": lambda block_size, eps: AttnRes(block_size=block_size, rule=Rule(eps)),
+    "full": lambda block_size, eps: AttnRes(block_size=1, eps=eps),
+    "block": lambda block_size, eps: AttnRes(block_size=block_size, eps=eps),
 }
+
+
+SCHEMES |= {
+    "full_sigmoid": lambda block_size, eps: AttnRes(eps=eps, activation="sigmoid"),
+    "full_unnormed": lambda block_size, eps: AttnRes(eps=eps, key_norm=False),
+    "full_static": lambda block_size, eps: Biased(eps=eps, queries=False),
+    "full_recency": lambda block_size, eps: Biased(eps=eps, recency=1.0),
+    "full_input_query": lambda block_size, eps: InputQuery(eps=eps),
+    "block_unnormed": lambda block_size, eps: AttnRes(block_size=block_size, eps=eps, key_norm=False),
+    "block_heads": lambda block_size, eps: AttnRes(block_size=block_size, eps=eps, heads=16),
+    "block_additive": lambda block_size, eps: Additive(block_size=block_size, eps=eps),
+}
+"""Rows of the paper's Table 4, and what others propose."""
 
 
 def make(name: str, *, block_size: int = 1, eps: float = 1e-6) -> Scheme:
