@@ -18,10 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attnres_jax.axes import compute_dtype
-from attnres_jax.rules import Rule, per_channel, scores, weigh
-
-RULE = Rule()
-"""The paper's."""
+from attnres_jax.rules import RULE, Rule, per_channel, scores, weigh
 
 
 class Rows(NamedTuple):
@@ -63,29 +60,18 @@ class RMSNorm(NamedTuple):
         return (x * (rstd * self.scale.astype(x.dtype))).astype(v.dtype)
 
 
-def mix(
-    w: Float[Array, " K"],
-    sources: Sequence[Float[Array, "*tokens D"]],
-    rule: Rule,
-    logits: Float[Array, " R"] | None = None,
-) -> Mixed:
-    """One read over all its sources at once (one phase): the definition of AttnRes."""
-    s = jnp.stack([scores(w, v, rule) for v in sources])
-    weights = weigh(s if logits is None else s + _logits(logits, s, 1), 0, rule)[0]
+def mix(w: Float[Array, " K"], sources: Sequence[Any], rule: Rule, logits: Any = None) -> Mixed:
+    """One read over all its sources [*tokens, D] at once (one phase): the definition of AttnRes."""
+    weights, _ = weigh(jnp.stack([scores(w, v, rule) for v in sources]), 0, rule, logits)
     shares = per_channel(weights, sources[0].shape[-1], rule)
     mixture = sum(a * v.astype(a.dtype) for a, v in zip(shares, sources, strict=True))
     return Mixed(jnp.asarray(mixture, sources[0].dtype), weights)
 
 
-def partial_mix(
-    w: Float[Array, "S K"],
-    sources: Sequence[Rows],
-    rule: Rule,
-    logits: Float[Array, "S R"] | None = None,
-) -> Partial:
+def partial_mix(w: Float[Array, "S K"], sources: Sequence[Rows], rule: Rule, logits: Any = None) -> Partial:
     """Phase 1: S reads at once over the visible rows. Returns mixture [S, ..., D] and lse [S, ...]."""
     s = jnp.concatenate([_visible(scores(w, rows.array, rule), rows.n) for rows in sources], 1)
-    weights, lse = weigh(s if logits is None else s + _logits(logits, s, 2), 1, rule)
+    weights, lse = weigh(s, 1, rule, logits)
     at, mixture = 0, 0.0
     for rows in sources:
         share, at = weights[:, at : at + len(rows.array)], at + len(rows.array)
@@ -94,26 +80,11 @@ def partial_mix(
     return Partial(jnp.asarray(mixture, sources[0].array.dtype), lse)
 
 
-def total(sources: Sequence[Rows]) -> Float[Array, "*tokens D"]:
-    """The sum of all visible rows, rounded once: what the plain residual stream is."""
-    found = 0.0
-    for array, n in sources:
-        wide = array.astype(compute_dtype(array.dtype))
-        seen = True if n is None else (jnp.arange(len(array)) < n).reshape(-1, *[1] * (array.ndim - 1))
-        found = found + jnp.sum(jnp.where(seen, wide, 0), 0)
-    return jnp.asarray(found, sources[0].array.dtype)
-
-
 def _visible(s: Float[Array, "S R ..."], n: Any) -> Float[Array, "S R ..."]:
     if n is None:
         return s
     row = jnp.arange(s.shape[1]).reshape(-1, *[1] * (s.ndim - 2))
     return jnp.where(row < n, s, -jnp.inf)
-
-
-def _logits(logits, s, axes):
-    """Of `s`, whose first `axes` axes are those of `logits`: constant over the others."""
-    return logits.astype(s.dtype).reshape(*logits.shape, *[1] * (s.ndim - axes))
 
 
 def single(w: Float[Array, " K"], v: Float[Array, "*tokens D"], rule: Rule, logit: Any = 0.0) -> Partial:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from attnres_jax import depth
 from attnres_jax.autodiff import take
 from attnres_jax.choice import choose
-from attnres_jax.depth import RULE, Partial, RMSNorm, Rows
+from attnres_jax.depth import Partial, RMSNorm, Rows
 from attnres_jax.placement import Placement
-from attnres_jax.rules import Rule, no_kernel
+from attnres_jax.rules import RULE, Rule, no_kernel
 from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import vjp as merge_kernel
 from pallas_kernels.depth_mix import config as mix_config

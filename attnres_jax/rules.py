@@ -42,6 +42,10 @@ class Rule(NamedTuple):
             raise ValueError("sliced keys have one head: set heads to 1, or key_width to None")
 
 
+RULE = Rule()
+"""The paper's."""
+
+
 def scores(w: Float[Array, "*S K"], v: Float[Array, "*tokens D"], rule: Rule) -> Float[Array, "..."]:
     """`w . key(v)`: [*S, *tokens], with heads [*S, *tokens, H]. A multiply-reduce, never a default matmul."""
     v = v.astype(compute_dtype(v.dtype))[..., -w.shape[-1] :]
@@ -54,8 +58,12 @@ def scores(w: Float[Array, "*S K"], v: Float[Array, "*tokens D"], rule: Rule) ->
     return jnp.sum(product, -1) * rstd[..., None]
 
 
-def weigh(s: Float[Array, "..."], axis: int, rule: Rule) -> tuple[Float[Array, "..."], Any]:
+def weigh(
+    s: Float[Array, "..."], axis: int, rule: Rule, logits: Float[Array, "*S R"] | None = None
+) -> tuple[Float[Array, "..."], Any]:
     """Weights of the sources along `axis`, and the log of the softmax's sum of exponentials (else None)."""
+    if logits is not None:
+        s = s + logits.astype(s.dtype).reshape(*logits.shape, *[1] * (s.ndim - logits.ndim))
     if rule.activation == "sigmoid":
         return jax.nn.sigmoid(s), None
     top = lax.stop_gradient(jnp.max(s, axis, keepdims=True))
@@ -71,6 +79,6 @@ def per_channel(a: Float[Array, "..."], width: int, rule: Rule) -> Float[Array, 
 
 def no_kernel(rule: Rule, logits: Any) -> str | None:
     """Why no kernel weighs so, or None."""
-    if rule._replace(eps=0.0) == Rule(0.0) and logits is None:
+    if rule._replace(eps=RULE.eps) == RULE and logits is None:
         return None
     return "kernels know one softmax over keys that are normed, whole, and without static logits"

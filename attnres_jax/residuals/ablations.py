@@ -67,7 +67,7 @@ class Additive(AttnRes):
 
     def open(self, mix, history) -> tuple[Any, Any]:
         slots, inner = super().open(mix, history)
-        return slots, Summed(inner, depth.total(history))
+        return slots, Summed(inner, _total(history))
 
     def begin(self, history):
         return super().begin(history.inner)
@@ -81,8 +81,18 @@ class Additive(AttnRes):
 
     def finish(self, mix, history):
         read = super().finish(mix, history)
-        mixture = _sum(read.mixture, depth.total(history))
+        mixture = _sum(read.mixture, _total(history))
         return Read(mixture, mixture, None if read.weights is None else 1 + read.weights)
+
+
+def _total(history):
+    """The sum of all visible rows, rounded once: what the plain residual stream is."""
+    found = 0.0
+    for array, n in history:
+        wide = array.astype(compute_dtype(array.dtype))
+        seen = True if n is None else (jnp.arange(len(array)) < n).reshape(-1, *[1] * (array.ndim - 1))
+        found = found + jnp.sum(jnp.where(seen, wide, 0), 0)
+    return jnp.asarray(found, history[0].array.dtype)
 
 
 def _sum(a, b):
@@ -128,7 +138,7 @@ class InputQuery(AttnRes):
 
     def _asked(self, slot, rows):
         """The read of `rows` by each token's own query."""
-        u = depth.total(rows)
+        u = _total(rows)
         u = depth.RMSNorm(jnp.ones(u.shape[-1]), self.eps)(u).astype(slot.w.dtype)
         w = slot.w + jnp.einsum("btd,dk->btk", u, slot.matrix, precision="highest")
 
