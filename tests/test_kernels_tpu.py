@@ -151,6 +151,14 @@ def test_depth_merge(shape):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("S", "R"), [(2, 9), (9, 8)], ids=["groups_of_16", "halves_beside"])
+def test_wide_mxu(monkeypatch, S, R):
+    """Of a v6e or 7x: groups are larger, and take two registers of lanes."""
+    monkeypatch.setattr(mix_config, "mxu", lambda: 256)
+    test_depth_mix(mix_shapes.Shape(S, (R,), 128, 128))
+
+
+@pytest.mark.slow
 def test_two_cores(monkeypatch):
     """Of a v4 or v5p: they never write the same memory, also where there is no running sum."""
     for config in (mix_config, merge_config):
