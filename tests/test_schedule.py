@@ -86,4 +86,4 @@ def test_schemes_are_values():
     """Static arguments of jit: equal when made alike, hashable, and not equal otherwise."""
     assert residuals.make("block", block_size=3) == residuals.make("block", block_size=3)
     assert len({residuals.make("block", block_size=size) for size in (3, 3, 4)}) == 2
-    assert set(residuals.SCHEMES) == {"plain", "full", "block"}
+    assert set(residuals.SCHEMES) >= {"plain", "full", "block"}
