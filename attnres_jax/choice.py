@@ -24,6 +24,7 @@ def choose(
     placement: Placement | None = None,
     dtype: Any = None,
     refusal: Callable[[], str | None] = lambda: None,
+    unfit: str | None = None,
 ) -> Choice:
     """Which implementation runs, and why. Raises `ValueError` for a name that is none.
 
@@ -32,6 +33,7 @@ def choose(
     Args:
       placement: whose devices it runs on; None: JAX's default ones.
       dtype, refusal: of the sources, and what the TPU kernel has against their shape (raised, if named).
+      unfit: what every kernel has against the call.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
@@ -43,8 +45,8 @@ def choose(
         unproven = "the kernels for GPUs were never run on one, and run when named"
         why = f"jnp, compiled by XLA: {unproven if target == 'gpu' else f'there is no kernel for {target}'}"
         return Choice("reference", "named by the caller" if implementation else why)
-    problem = None
-    if implementation in (None, "tpu"):
+    problem = unfit
+    if implementation in (None, "tpu") and not problem:
         with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
             problem = refusal()
     if dtype is not None and dtype not in (jnp.bfloat16, jnp.float32):

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 from attnres_jax import depth
 from attnres_jax.autodiff import take
 from attnres_jax.choice import choose
-from attnres_jax.depth import Partial, RMSNorm, Rows
+from attnres_jax.depth import Partial, Rows
+from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
+from attnres_jax.rules import RULE, Rule, no_kernel
 from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import vjp as merge_kernel
 from pallas_kernels.depth_mix import config as mix_config
@@ -21,35 +23,39 @@ from pallas_kernels.depth_mix import vjp as mix_kernel
 
 
 def depth_mix(
-    w: Float[Array, "S D"],
+    w: Float[Array, "S K"],
     sources: Sequence[Rows],
     *,
-    eps: float,
+    rule: Rule = RULE,
+    logits: Float[Array, "S R"] | None = None,
     last: bool = False,
     implementation: str | None = None,
     placement: Placement | None = None,
 ) -> tuple[Partial, tuple[Rows, ...]]:
     """Phase 1: S reads at once over completed summaries: mixtures and lse, [S, ...], and the sources.
 
-    Later reads take the sources that come back, so that cotangents add up in place. `last`: none."""
+    Later reads take the sources that come back, so that cotangents add up in place. `last`: none. `logits`
+    are added to the scores of all rows, visible or not."""
     arrays, counts = tuple(rows.array for rows in sources), tuple(rows.n for rows in sources)
-    shape = len(w), sum(map(len, arrays)), w.shape[-1], arrays[0].dtype
-    chosen, _ = choose(implementation, placement, shape[-1], partial(mix_config.tpu_refusal, *shape))
+    shape = len(w), sum(map(len, arrays)), arrays[0].shape[-1], arrays[0].dtype
+    unfit = no_kernel(rule, logits)
+    chosen, _ = choose(implementation, placement, shape[-1], partial(mix_config.tpu_refusal, *shape), unfit)
 
     @jax.named_scope("depth_mix")
     def mix(shared, arrays):
-        w, counts = shared
+        w, counts, logits = shared
         if chosen == "reference":
-            return depth.partial_mix(w, tuple(map(Rows, arrays, counts)), eps), () if last else arrays
-        *done, after = mix_kernel.depth_mix(w, arrays, counts, eps, not last, chosen)
+            done = depth.partial_mix(w, tuple(map(Rows, arrays, counts)), rule, logits)
+            return done, () if last else arrays
+        *done, after = mix_kernel.depth_mix(w, arrays, counts, rule.eps, not last, chosen)
         return Partial(*done), after
 
-    done, after = _local(chosen, placement, mix, (w, counts), (arrays,), ("rows",), ("rows", "rows"))
+    done, after = _local(chosen, placement, mix, (w, counts, logits), (arrays,), ("rows",), ("rows", "rows"))
     return done, () if last else tuple(map(Rows, after, counts))
 
 
 def depth_merge(
-    w: Float[Array, " D"],
+    w: Float[Array, " K"],
     done: Partial,
     stream: Float[Array, "*tokens D"],
     j: Any,
@@ -57,30 +63,31 @@ def depth_merge(
     *,
     norm: RMSNorm | None = None,
     row: tuple[Array, Any] | None = None,
-    eps: float,
+    rule: Rule = RULE,
+    logit: Float[Array, ""] | None = None,
     implementation: str | None = None,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
     """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed. Returns
-    it, and `done` and the sum for later reads. `row` (array, place) holds the sum too."""
-    fits = partial(merge_config.tpu_refusal, len(w), stream.dtype)
-    chosen, _ = choose(implementation, placement, stream.dtype, fits)
+    it, and `done` and the sum for later reads. `row` (array, place) holds the sum too; `logit` is its own."""
+    fits = partial(merge_config.tpu_refusal, stream.shape[-1], stream.dtype)
+    chosen, _ = choose(implementation, placement, stream.dtype, fits, no_kernel(rule, logit))
 
     @jax.named_scope("depth_merge")
     def merge(shared, done, stream, kept):
-        w, scale, j, first, at = shared
+        w, scale, j, first, at, logit = shared
         if chosen == "reference":
             one, done = take(done, j)
-            hidden = jnp.where(first, -jnp.inf, jnp.zeros((), w.dtype))
-            mixture = depth.merge(one, Partial(stream, depth.scores(w, stream, eps) + hidden)).mixture
+            logit = jnp.where(first, -jnp.inf, 0 if logit is None else logit).astype(w.dtype)
+            mixture = depth.merge(one, depth.single(w, stream, rule, logit), rule).mixture
             return mixture if scale is None else RMSNorm(scale, norm_eps)(mixture), done, stream
-        args = (w, scale, *done, stream, kept, None, at, j, first, eps, norm_eps, False, chosen)
+        args = (w, scale, *done, stream, kept, None, at, j, first, rule.eps, norm_eps, False, chosen)
         x, _, stream, *done = merge_kernel.depth_merge(*args)
         return x, Partial(*done), stream
 
     scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
     kept, at = (None, None) if row is None or chosen != "tpu" else row
-    shared, kinds = (w, scale, j, first, at), ("tokens", "rows", "tokens")
+    shared, kinds = (w, scale, j, first, at, logit), ("tokens", "rows", "tokens")
     return _local(chosen, placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
 
 

@@ -40,7 +40,7 @@ policies = jax.checkpoint_policies
 class Layer(NamedTuple):
     """The layers of one kind, stacked: leaves of `params` and `inputs` are [n, ...], n layers of the kind.
 
-    `norm(params)` is the pre-norm, a function of h: a `depth.RMSNorm`, which a kernel computes together with
+    `norm(params)` is the pre-norm, a function of h: a `norm.RMSNorm`, which a kernel computes together with
     the read, or any other. `apply(params, x, inputs) -> (y, aux)` is the function of the normed input.
     `inputs` are per-layer values (caches, keys); `aux` is any pytree (losses, caches).
     """

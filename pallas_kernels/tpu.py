@@ -16,6 +16,11 @@ def chip():
     return int(0.9 * info.vmem_capacity_bytes), info.num_cores
 
 
+def mxu():
+    """Width of the matrix unit of the TPU that is traced for."""
+    return pltpu.get_tpu_info().mxu_column_size if pltpu.is_tpu_device() else LANES
+
+
 def output(shape, dtype, like):
     """An output that varies over the mesh axes of `shard_map` that `like` varies over."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

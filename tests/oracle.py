@@ -59,17 +59,20 @@ def read(values, query, key_scale, eps, present=None):
     return jnp.sum(weights[..., None] * values, axis=0), weights
 
 
-def stack(sources, queries, key_scales, kinds, layers, x, eps=1e-6) -> Stack:
-    """The whole network; queries and key_scales are [L+1,D], the last row the output read's."""
+def stack(sources, queries, key_scales, kinds, layers, x, eps=1e-6, read=read, more=()) -> Stack:
+    """The whole network; queries and key_scales are [L+1,D], the last row the output read's.
+
+    `read` may be another one, which takes `more` besides: arrays [L+1,...].
+    """
     order = sorted(set(kinds))
     nth = np.array([kinds[:position].count(kind) for position, kind in enumerate(kinds)])
     which = np.array([order.index(kind) for kind in kinds])
     branches = [_branch(kind, layers, x) for kind in order]
 
     def mixed(outputs, row):
-        member, query, key_scale = row
+        member, query, key_scale, *others = row
         values = jnp.einsum("ro,obtd->rbtd", member.astype(x.dtype), outputs)
-        return read(values, query, key_scale, eps, member.any(axis=1))
+        return read(values, query, key_scale, eps, member.any(axis=1), *others)
 
     def sublayer(outputs, step):
         position, kind, index, *row = step
@@ -77,7 +80,7 @@ def stack(sources, queries, key_scales, kinds, layers, x, eps=1e-6) -> Stack:
         y, aux = jax.lax.switch(kind, branches, index, h)
         return outputs.at[position + 1].set(y), (h, weights, aux)
 
-    rows = (jnp.asarray(sources), queries, key_scales)
+    rows = (jnp.asarray(sources), queries, key_scales, *more)
     steps = (np.arange(len(kinds)), which, nth, *(row[:-1] for row in rows))
     outputs = jnp.zeros((len(kinds) + 1, *x.shape), x.dtype).at[0].set(x)
     outputs, (mixtures, weights, aux) = jax.lax.scan(sublayer, outputs, steps)

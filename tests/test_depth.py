@@ -12,6 +12,7 @@ import toys
 from attnres_jax import depth, ops
 from attnres_jax.axes import compute_dtype
 from attnres_jax.depth import Rows
+from attnres_jax.rules import Rule
 
 EPS = 1e-6
 # name: (R, B, T, D)
@@ -38,7 +39,7 @@ def w_of(arguments):
 
 def direct(arguments):
     """All sources at once."""
-    return depth.mix(w_of(arguments), list(arguments["values"]), EPS).mixture[None]
+    return depth.mix(w_of(arguments), list(arguments["values"]), Rule(EPS)).mixture[None]
 
 
 def first_phase(arguments, spare=0):
@@ -49,15 +50,15 @@ def first_phase(arguments, spare=0):
     rest = Rows(jnp.concatenate([values[1:], rubbish]), len(values) - 1 if spare else None)
     w = jnp.stack([w_of(arguments) * factor for factor in (1.0, -0.5, 0.25)])
     sources = (first, rest) if len(rest.array) else (first,)
-    return ops.depth_mix(w, sources, eps=EPS)[0].mixture
+    return ops.depth_mix(w, sources, rule=Rule(EPS))[0].mixture
 
 
 def two_phases(arguments):
     """All but the last source in phase 1, the last merged in phase 2."""
     *done, stream = arguments["values"]
     w = w_of(arguments)
-    phase1 = ops.depth_mix(w[None], (Rows(jnp.stack(done)),), eps=EPS)[0]
-    return ops.depth_merge(w, phase1, stream, 0, False, eps=EPS)[0][None]
+    phase1 = ops.depth_mix(w[None], (Rows(jnp.stack(done)),), rule=Rule(EPS))[0]
+    return ops.depth_merge(w, phase1, stream, 0, False, rule=Rule(EPS))[0][None]
 
 
 def equation(arguments, factors=(1.0,)):
@@ -190,9 +191,9 @@ def test_result_has_the_dtype_of_the_sources(dtype):
     arguments, _ = arguments_of(CELLS["middling"], dtype)
     given = toys.cast(arguments, "float32") | {"values": jnp.asarray(arguments["values"], dtype)}
     assert direct(given).dtype == dtype
-    phase1 = depth.partial_mix(w_of(given)[None], (Rows(given["values"]),), EPS)
+    phase1 = depth.partial_mix(w_of(given)[None], (Rows(given["values"]),), Rule(EPS))
     assert (phase1.mixture.dtype, phase1.lse.dtype) == (dtype, jnp.float32)
-    assert depth.scores(w_of(given), given["values"], EPS).dtype == jnp.float32
+    assert depth.scores(w_of(given), given["values"], Rule(EPS)).dtype == jnp.float32
 
 
 def test_no_matmul_in_a_read():

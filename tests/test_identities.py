@@ -13,6 +13,7 @@ from flax import nnx
 from attnres_jax import depth
 from attnres_jax.depth import Partial, Rows
 from attnres_jax.models.transformer import ModelConfig, Transformer
+from attnres_jax.rules import Rule
 from attnres_jax.stack import start
 
 EPS = 1e-6
@@ -30,7 +31,7 @@ def sources_of(R, D=8, dtype="float64", seed=0):
 
 def test_zero_query_is_the_mean(x64):
     w, sources = sources_of(5)
-    read = depth.mix(0 * w, sources, EPS)
+    read = depth.mix(0 * w, sources, Rule(EPS))
     np.testing.assert_allclose(read.mixture, np.mean(sources, axis=0), rtol=0, atol=1e-15)
     np.testing.assert_allclose(read.weights, 0.2, rtol=1e-15)
 
@@ -38,8 +39,8 @@ def test_zero_query_is_the_mean(x64):
 def test_one_source_is_the_identity(x64):
     """Bit for bit, and the query gets a gradient of exactly zero."""
     w, (v,) = sources_of(1)
-    np.testing.assert_array_equal(depth.mix(w, [v], EPS).mixture, v)
-    assert not jax.grad(lambda w: jnp.sum(depth.mix(w, [v], EPS).mixture ** 2))(w).any()
+    np.testing.assert_array_equal(depth.mix(w, [v], Rule(EPS)).mixture, v)
+    assert not jax.grad(lambda w: jnp.sum(depth.mix(w, [v], Rule(EPS)).mixture ** 2))(w).any()
 
 
 @pytest.mark.parametrize("implementation", [None, "reference"])
@@ -62,22 +63,22 @@ def test_first_sublayer_reads_the_embedding(name, implementation):
 def test_order_of_sources_is_immaterial(x64):
     w, sources = sources_of(6)
     order = [3, 0, 5, 1, 4, 2]
-    read, shuffled = (depth.mix(w, s, EPS) for s in (sources, [sources[i] for i in order]))
+    read, shuffled = (depth.mix(w, s, Rule(EPS)) for s in (sources, [sources[i] for i in order]))
     np.testing.assert_allclose(shuffled.mixture, read.mixture, rtol=1e-13)
     np.testing.assert_allclose(shuffled.weights, read.weights[jnp.array(order)], rtol=1e-13)
 
 
 def test_scaling_a_source_leaves_its_score(x64):
     w, (v, *_) = sources_of(2)
-    score = depth.scores(w, v, 1e-300)
+    score = depth.scores(w, v, Rule(1e-300))
     assert np.abs(score).min() > 1e-3
-    np.testing.assert_allclose(depth.scores(w, 1000 * v, 1e-300), score, rtol=1e-13)
-    np.testing.assert_allclose(depth.scores(w, -v, 1e-300), -score, rtol=1e-13)
+    np.testing.assert_allclose(depth.scores(w, 1000 * v, Rule(1e-300)), score, rtol=1e-13)
+    np.testing.assert_allclose(depth.scores(w, -v, Rule(1e-300)), -score, rtol=1e-13)
 
 
 def test_output_lies_in_the_convex_hull(x64):
     w, sources = sources_of(4)
-    read = depth.mix(30 * w, sources, EPS)
+    read = depth.mix(30 * w, sources, Rule(EPS))
     np.testing.assert_allclose(read.weights.sum(axis=0), 1, rtol=1e-14)
     assert (read.weights > 0).all()
     assert (read.mixture >= np.min(sources, axis=0) - 1e-14).all()
@@ -86,13 +87,13 @@ def test_output_lies_in_the_convex_hull(x64):
 
 
 def part(w, sources):
-    partial = depth.partial_mix(w[None], (Rows(jnp.stack(sources)),), EPS)
+    partial = depth.partial_mix(w[None], (Rows(jnp.stack(sources)),), Rule(EPS))
     return Partial(partial.mixture[0], partial.lse[0])
 
 
 def test_partial_and_merge_is_direct_at_any_cut(x64):
     w, sources = sources_of(6)
-    whole = depth.mix(w, sources, EPS).mixture
+    whole = depth.mix(w, sources, Rule(EPS)).mixture
     for cut in range(1, 6):
         merged = depth.merge(part(w, sources[:cut]), part(w, sources[cut:]))
         np.testing.assert_allclose(merged.mixture, whole, rtol=1e-12)
@@ -111,9 +112,9 @@ def test_huge_scores_do_not_overflow():
     """fp32, scores of about a thousand: the softmax is a choice, and everything stays finite."""
     w, sources = sources_of(5, dtype="float32")
     w = 1000 * w
-    read = depth.mix(w, sources, EPS)
+    read = depth.mix(w, sources, Rule(EPS))
     merged = depth.merge(part(w, sources[:2]), part(w, sources[2:]))
-    winner = jnp.argmax(depth.scores(w, jnp.stack(sources), EPS), axis=0)
+    winner = jnp.argmax(depth.scores(w, jnp.stack(sources), Rule(EPS)), axis=0)
     chosen = jnp.take_along_axis(jnp.stack(sources), winner[None, ..., None], axis=0)[0]
     sure = read.weights.max(axis=0) > 1 - 1e-6
     assert sure.any()

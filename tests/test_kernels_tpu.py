@@ -11,7 +11,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from attnres_jax import depth, ops
-from attnres_jax.depth import Partial, RMSNorm, Rows
+from attnres_jax.depth import Partial, Rows
+from attnres_jax.norm import RMSNorm
+from attnres_jax.rules import Rule
 from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import shapes as merge_shapes
 from pallas_kernels.depth_merge import tpu as merge
@@ -84,7 +86,9 @@ def test_depth_mix(shape):
     sums = tuple(before) if shape.add else None
     d_w, d_v = mix.backward(w, tuple(parts), counts, out.lse, out.stats, d_out, d_lse, sums, eps=EPS)
     with jax.enable_x64():
-        exact, pull = jax.vjp(lambda w, v: depth.partial_mix(w, (Rows(v, shape.n),), EPS), *wide((w, v)))
+        exact, pull = jax.vjp(
+            lambda w, v: depth.partial_mix(w, (Rows(v, shape.n),), Rule(EPS)), *wide((w, v))
+        )
         want_w, want_v = pull(Partial(*wide((d_out, d_lse))))
         want_v = want_v + wide(added) if shape.add else want_v
     close(out.mixture, exact.mixture, TOLERANCE[shape.dtype])
@@ -125,7 +129,7 @@ def test_depth_merge(shape):
     got = merge.backward(w, scale, o, lse, *here, *at, out.stats, *cotangents, **options)
 
     def read(w, scale, o, lse, p):
-        seen = jnp.where(shape.first, -jnp.inf, depth.scores(w, p, EPS))
+        seen = jnp.where(shape.first, -jnp.inf, depth.scores(w, p, Rule(EPS)))
         h = depth.merge(Partial(o, lse), Partial(p, seen)).mixture
         return h if scale is None else RMSNorm(scale, NORM_EPS)(h), h
 
@@ -145,6 +149,14 @@ def test_depth_merge(shape):
     others = np.arange(S) != j
     np.testing.assert_array_equal(got[3][others], d_os[others])
     np.testing.assert_array_equal(got[4][others], d_lses[others])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("S", "R"), [(2, 9), (9, 8)], ids=["groups_of_16", "halves_beside"])
+def test_wide_mxu(monkeypatch, S, R):
+    """Of a v6e or 7x: groups are larger, and take two registers of lanes."""
+    monkeypatch.setattr(mix_config, "mxu", lambda: 256)
+    test_depth_mix(mix_shapes.Shape(S, (R,), 128, 128))
 
 
 @pytest.mark.slow
@@ -194,7 +206,7 @@ def test_vmap():
     w = w / 128**0.5
 
     def read(w, v, implementation):
-        done = ops.depth_mix(w, (Rows(v),), eps=EPS, implementation=implementation)[0]
+        done = ops.depth_mix(w, (Rows(v),), rule=Rule(EPS), implementation=implementation)[0]
         return jnp.sum(done.mixture**2) + jnp.sum(done.lse)
 
     got = jax.vmap(jax.grad(lambda w, v: read(w, v, "tpu"), (0, 1)))(w, v)

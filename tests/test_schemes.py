@@ -130,12 +130,11 @@ def test_semiseparable_rank(name):
 def test_parameters_are_declared(name):
     """Strong fp32, which an optimizer keeps, and a row of the table of parameters for each."""
     scheme = make(name)
-    mix = scheme.init(6, D)
+    mix, axes = scheme.init(6, D), {"query": "LD", "key_scale": "LD"} | scheme.axes
     for part, drop in ((mix.sublayers, ""), (mix.output, "L")):
         for key, leaf in part.items():
             assert (leaf.dtype, leaf.weak_type) == (np.float32, False)
-            if scheme.axes:
-                assert len(scheme.axes[key].removeprefix(drop).replace(">", "")) == leaf.ndim
+            assert len(axes[key].removeprefix(drop).replace(">", "")) == leaf.ndim
     assert all(len(leaf) == 6 for leaf in mix.sublayers.values())
 
 

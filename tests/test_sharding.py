@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from attnres_jax import configs, depth
 from attnres_jax.models.table import path_name
 from attnres_jax.parallel import mesh, sharding
+from attnres_jax.rules import Rule
 from attnres_jax.train import loop, step
 
 VOCAB = 64
@@ -117,7 +118,7 @@ def test_a_read_that_communicates_is_seen():
 
     @jax.named_scope("depth_mix")
     def read(w, v):
-        return depth.partial_mix(w, [depth.Rows(v)], 1e-6).mixture
+        return depth.partial_mix(w, [depth.Rows(v)], Rule(1e-6)).mixture
 
     v = jax.ShapeDtypeStruct((3, 2, 4, 16), jnp.float32, sharding=where)
     text = jax.jit(read).lower(jnp.ones((1, 16)), v).compile().as_text()
@@ -131,7 +132,7 @@ def test_an_op_without_types_has_the_same_gradient():
     v, w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 4, 8)), jnp.float32), jnp.ones(8)
 
     def read(w, v, typed):
-        mix = lambda w, v: depth.partial_mix(w[None], [depth.Rows(v)], 1e-6).mixture  # noqa: E731
+        mix = lambda w, v: depth.partial_mix(w[None], [depth.Rows(v)], Rule(1e-6)).mixture  # noqa: E731
         return jnp.sum(place.local(mix, w, (v,), (spec,), spec, typed=typed) ** 2)
 
     one, other = (jax.jit(jax.grad(read, (0, 1)), static_argnums=2)(w, v, typed) for typed in (True, False))

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
-from attnres_jax.depth import RMSNorm
 from attnres_jax.models.attention import attend as attention_over_time
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
+from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
 from attnres_jax.residuals import Scheme
 from attnres_jax.stack import DepthOutput, Layer, through_depth
@@ -50,6 +50,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "flash"] = "auto"
     residual: str = residuals.DEFAULT
     block_size: int = 8
+    depth_heads: int = 16
     streams: int = 4
     sinkhorn: int = 20
     window: int = 8
@@ -72,8 +73,9 @@ class ModelConfig:
     @property
     def scheme(self) -> Scheme:
         """The residual scheme."""
-        same = {key: getattr(self, key) for key in residuals.OPTIONS if key != "eps"}
-        return residuals.make(self.residual, eps=self.key_norm_eps, **same)
+        own = {"eps": self.key_norm_eps, "heads": self.depth_heads}
+        same = {key: getattr(self, key) for key in residuals.OPTIONS if key not in own}
+        return residuals.make(self.residual, **own, **same)
 
 
 class Hidden(NamedTuple):

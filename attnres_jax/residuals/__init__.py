@@ -39,15 +39,24 @@ SCHEMES = {
     "denseformer": Entry("dense", "DenseFormer"),
     "mrla": Entry("mrla", "MRLA", ("norm_eps",)),
     "window": Entry("dense", "SlidingWindow", ("window", "eps")),
+    "full_sigmoid": Entry("attention", "AttnRes", ("eps",), {"activation": "sigmoid"}),
+    "full_unnormed": Entry("attention", "AttnRes", (), {"key_norm": False}),
+    "full_static": Entry("ablations", "Biased", ("eps",), {"queries": False}),
+    "full_recency": Entry("ablations", "Biased", ("eps",), {"recency": 1.0}),
+    "full_input_query": Entry("ablations", "InputQuery", ("eps",)),
+    "block_unnormed": Entry("attention", "AttnRes", ("block_size",), {"key_norm": False}),
+    "block_heads": Entry("attention", "AttnRes", ("block_size", "eps", "heads")),
+    "block_additive": Entry("ablations", "Additive", ("block_size", "eps")),
 }
 DEFAULT = "block"
-OPTIONS = ("block_size", "eps", "norm_eps", "sinkhorn", "streams", "sublayers", "window")
+OPTIONS = ("block_size", "eps", "heads", "norm_eps", "sinkhorn", "streams", "sublayers", "window")
 
 
 def make(name: str, **options: Any) -> "Scheme":
     """The scheme called `name`, with those of `options` that it reads:
 
-    `block_size` S counts sublayers, `eps` is the key norm's, `norm_eps` that of the scheme's other norms,
+    `block_size` S counts sublayers, `eps` is the key norm's, `heads` H are groups of channels that weigh
+    sources apart, `norm_eps` is that of the scheme's other norms,
     `sinkhorn` counts the iterations of mHC, `streams` is m, `sublayers` the model's L, `window` W.
     """
     if name not in SCHEMES:

@@ -5,7 +5,7 @@ History: the completed summaries b_0 (the embedding), b_1, ... as append-only ro
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -13,15 +13,18 @@ from jaxtyping import Array, Float, Int
 from attnres_jax import depth, ops
 from attnres_jax.autodiff import Once, take
 from attnres_jax.axes import compute_dtype
+from attnres_jax.norm import RMSNorm
 from attnres_jax.residuals.base import Mix, Read, Scheme, append
+from attnres_jax.rules import Rule
 from attnres_jax.schedule import BlockSchedule
 
 
 class Slot(NamedTuple):
-    """A sublayer's share: its query, and its row of Phase 1. `open` returns the S of a block, stacked."""
+    """A sublayer's share: query, row of Phase 1, logits. `open` returns the S of a block, stacked."""
 
-    w: Float[Array, "... D"]
+    w: Float[Array, "... K"]
     j: Int[Array, "..."]
+    logits: Float[Array, "... R"] | None
 
 
 class Opened(NamedTuple):
@@ -36,22 +39,34 @@ class AttnRes(Scheme):
     """Block AttnRes with `block_size` S sublayers per block; S = 1 is Full AttnRes.
 
     `two_phase=False` reads all sources of a sublayer at once, as the definition is written; the result
-    is the same. `eps` is the key norm's.
+    is the same. The other fields are those of `rules.Rule`.
     """
 
     block_size: int = 1
     eps: float = 1e-6
     two_phase: bool = True
+    activation: str = "softmax"
+    key_norm: bool = True
+    heads: int = 1
+    key_width: int | None = None
     append_only: ClassVar[bool] = True
+
+    @property
+    def rule(self) -> Rule:
+        """How reads weigh their sources."""
+        return Rule(self.eps, self.activation, self.key_norm, self.heads, self.key_width)
 
     def literal(self):
         return replace(self, two_phase=False)
 
     def init(self, sublayers, width):
+        self.rule.check(width)
+
         def pair(*shape):
             return {"query": jnp.zeros(shape), "key_scale": jnp.ones(shape)}
 
-        return Mix(pair(sublayers, width), pair(width))
+        keys = self.key_width or width
+        return Mix(pair(sublayers, keys), pair(keys))
 
     def schedule(self, sublayers):
         return BlockSchedule(sublayers, self.block_size)
@@ -62,12 +77,12 @@ class AttnRes(Scheme):
     def start(self, x):
         return (depth.Rows(x[None]),)
 
-    def open(self, mix, history):
-        w = _weight(mix, history)
-        slot = Slot(w, jnp.arange(len(w)))
+    def open(self, mix, history) -> tuple[Any, Any]:
+        w = self._weight(mix, history)
+        slot = Slot(w, jnp.arange(len(w)), mix.get("logits"))
         if not self.two_phase:
             return slot, Opened(history, None)
-        done, rows = ops.depth_mix(w, history, **self._how)
+        done, rows = ops.depth_mix(w, history, logits=_of_rows(slot.logits, history), **self._how)
         return slot, Opened(rows, Once(done))
 
     def begin(self, history):
@@ -75,15 +90,15 @@ class AttnRes(Scheme):
 
     def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:
-            running = () if stream is None else (stream,)
-            mixture, weights = depth.mix(slot.w, (*_unstack(history.rows), *running), self.eps)
+            mixture, weights = self._mix(slot.w, _unstack(history.rows), stream, slot.logits)
             return Read(norm(mixture), mixture, weights, history, stream)
         if self.block_size == 1:
             (mixture, _), done = take(history.done.rows, 0)
             return Read(norm(mixture), mixture, None, history._replace(done=Once(done)), stream)
-        fused = norm if isinstance(norm, depth.RMSNorm) else None
+        fused = norm if isinstance(norm, RMSNorm) else None
+        logit = None if slot.logits is None else slot.logits[-1]
         args = (slot.w, history.done.rows, stream, slot.j, slot.j == 0)
-        h, done, stream = ops.depth_merge(*args, norm=fused, row=row, **self._how)
+        h, done, stream = ops.depth_merge(*args, norm=fused, row=row, logit=logit, **self._how)
         x, mixture = (h, None) if fused else (norm(h), h)
         return Read(x, mixture, None, history._replace(done=Once(done)), stream)
 
@@ -94,21 +109,33 @@ class AttnRes(Scheme):
         return append(history.rows, stream)
 
     def finish(self, mix, history):
-        w = _weight(mix, history)
+        mix = {k: v[None] for k, v in mix.items()}
+        w, logits = self._weight(mix, history), mix.get("logits")
         if not self.two_phase:
-            mixture, weights = depth.mix(w, _unstack(history), self.eps)
+            mixture, weights = self._mix(w[0], _unstack(history), None, None if logits is None else logits[0])
             return Read(mixture, mixture, weights)
-        done, _ = ops.depth_mix(w[None], history, last=True, **self._how)
+        done, _ = ops.depth_mix(w, history, last=True, logits=_of_rows(logits, history), **self._how)
         return Read(done.mixture[0], done.mixture[0], None)
+
+    def _mix(self, w, rows, stream, logits):
+        """One phase, all sources at once; the running sum's logit is the last."""
+        sources = rows if stream is None else [*rows, stream]
+        if logits is not None:
+            logits = logits[jnp.array([*range(len(rows)), -1][: len(sources)])]
+        return depth.mix(w, sources, self.rule, logits)
+
+    def _weight(self, mix, history):
+        dtype = compute_dtype(history[0].array.dtype)
+        return mix["query"].astype(dtype) * mix["key_scale"].astype(dtype)
 
     @property
     def _how(self):
-        return {"eps": self.eps, "implementation": self.implementation, "placement": self.placement}
+        return {"rule": self.rule, "implementation": self.implementation, "placement": self.placement}
 
 
-def _weight(mix, history):
-    dtype = compute_dtype(history[0].array.dtype)
-    return mix["query"].astype(dtype) * mix["key_scale"].astype(dtype)
+def _of_rows(logits, history):
+    """Of completed summaries, seen or to come: the first columns. The last is the running sum's."""
+    return None if logits is None else logits[:, : sum(len(rows.array) for rows in history)]
 
 
 def _unstack(history):

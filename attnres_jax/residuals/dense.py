@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attnres_jax.axes import compute_dtype
-from attnres_jax.depth import Rows, scores
+from attnres_jax.depth import Rows
 from attnres_jax.residuals.base import Mix, Read, Scheme, append
+from attnres_jax.rules import Rule, scores
 from attnres_jax.schedule import BlockSchedule
 
 
@@ -160,5 +161,5 @@ class SlidingWindow(Dense):
     def weigh(self, slot, rows, seen):
         place = jnp.arange(len(rows))
         near = (place == 0) | (place >= jnp.sum(seen) - self.window)
-        s = scores(slot["query"] * slot["key_scale"], rows, self.eps)
+        s = scores(slot["query"] * slot["key_scale"], rows, Rule(self.eps))
         return jax.nn.softmax(jnp.where((seen & near)[:, None, None], s, -jnp.inf), 0)

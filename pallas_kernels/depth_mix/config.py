@@ -7,48 +7,70 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.depth_mix.tuned import TUNED
-from pallas_kernels.tpu import LANES, chip
+from pallas_kernels.tpu import LANES, chip, mxu
 
-GROUP = 16
-"""Tokens of one block-diagonal product: the height of a bf16 tile."""
+STEP = 2 << 20
+"""Bytes that one grid step moves at least, if there are tokens enough."""
 
 
 class Config(NamedTuple):
-    """Tokens of a grid step, TensorCores, and bytes of VMEM to ask for."""
+    """Tokens of a grid step and of a group, how halves of weights lie, TensorCores, and bytes of VMEM."""
 
     tile: int
+    group: int
+    beside: bool
     cores: int
     vmem: int
 
 
 def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens: int) -> Config:
-    """The largest tile that fits. Raises `ValueError` where not even `GROUP` tokens of all sources do."""
+    """The largest tile that fits; forward, more than 128 tokens where sources are few: a step has its costs.
+
+    Raises `ValueError` where not even one group of tokens of all sources fits."""
     limit, cores = chip()
-    tile = TUNED.get((direction, S, R, D), LANES)
-    while tile > GROUP and vmem_bytes(direction, S, R, D, dtype, tile) > limit:
+    if problem := tpu_refusal(S, R, D, dtype):
+        raise ValueError(problem)
+    group, most = group_of(S, R, D, dtype), 4 * LANES if direction == "forward" else LANES
+    tile, row = TUNED.get((direction, S, R, D), most), (R + S) * D * jnp.dtype(dtype).itemsize
+    while tile > LANES and (tokens % tile or tile * row > STEP):
         tile //= 2
-    if (need := vmem_bytes(direction, S, R, D, dtype, tile)) > limit:
-        raise ValueError(_too_large(S, R, D, need, limit))
-    return Config(tile, cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+    while tile > group and vmem_bytes(direction, S, R, D, dtype, tile, group) > limit:
+        tile //= 2
+    return Config(tile, group, beside(S, R), cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+
+
+def group_of(S: int, R: int, D: int, dtype: DTypeLike) -> int:
+    """Tokens of one block-diagonal product, 8 to 64: as many as keep (source, token) within the MXU.
+
+    (query, token), over which the backward pass contracts, stays within 512. Both directions take it."""
+    width = mxu() // 2 if beside(S, R) else mxu()
+    for group in (64, 32, 16):
+        fits = vmem_bytes("backward", S, R, D, dtype, group, group) <= chip()[0]
+        if R * group <= width and S * group <= 4 * LANES and fits:
+            return group
+    return 8
+
+
+def beside(S: int, R: int) -> bool:
+    """Whether the two halves of a weight lie side by side, which costs R more rows and saves S."""
+    return S > R and mxu() >= 2 * 16 * R
 
 
 def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:
     """Why this TPU cannot run the op in both directions, or None."""
-    limit, _ = chip()
-    need = max(vmem_bytes(d, S, R, D, dtype, GROUP) for d in ("forward", "backward"))
-    return _too_large(S, R, D, need, limit) if need > limit else None
+    limit, group = chip()[0], group_of(S, R, D, dtype)
+    need = max(vmem_bytes(d, S, R, D, dtype, group, group) for d in ("forward", "backward"))
+    if need <= limit:
+        return None
+    return (
+        f"depth_mix holds {group} tokens of R = {R} sources and S = {S} mixtures, D = {D} wide, in VMEM: "
+        f"{need / 2**20:.0f} MiB, the limit is {limit / 2**20:.0f} MiB. Use fewer sources, or no kernel"
+    )
 
 
-def vmem_bytes(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: int) -> int:
+def vmem_bytes(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: int, group: int) -> int:
     """Buffers of the pipeline, W, and room for what is between two products."""
     row = tile * D * jnp.dtype(dtype).itemsize
     rows = 2 * R + 2 * S if direction == "forward" else 5 * R + 2 * S
-    between = 4 * GROUP * min(D, 1024) * (2 * S + R) + 4 * GROUP * R * D
+    between = 4 * group * min(D, 1024) * (2 * S + R) + 4 * group * R * D
     return rows * row + 12 * 8 * math.ceil(S / 8) * D + between + (2 << 20)
-
-
-def _too_large(S, R, D, need, limit):
-    return (
-        f"depth_mix holds {GROUP} tokens of R = {R} sources and S = {S} mixtures, D = {D} wide, in VMEM: "
-        f"{need / 2**20:.0f} MiB, the limit is {limit / 2**20:.0f} MiB. Use fewer sources, or no kernel"
-    )

@@ -20,10 +20,12 @@ SHAPES = {
     "counted": Shape(3, (4,), 384, 256, n=2),  # three steps, so that all three buffers of sums are used again
     "one_source": Shape(2, (1,), 128, 256, add=False),  # weights are 1, the query's gradient exactly 0
     "separate_arrays": Shape(2, (1, 2, 1), 128, 256),
-    "two_registers": Shape(1, (9,), 128, 128),  # nine sources of 16 tokens are more than 128 lanes
-    "five_registers": Shape(1, (34,), 128, 128, n=20),
+    "two_registers": Shape(1, (17,), 128, 128),  # seventeen sources of 8 tokens are more than 128 lanes
+    "nine_registers": Shape(1, (130,), 128, 128, n=100),
+    "groups_of_64": Shape(1, (2,), 512, 128, n=2),  # and a step of more than 128 tokens
+    "halves_beside": Shape(9, (4,), 128, 128),
     "many_reads": Shape(17, (3,), 128, 128),  # S is padded to 24
-    "odd_width": Shape(2, (3,), 128, 200),
+    "odd_width": Shape(2, (3,), 128, 1000),
     "odd_tokens": Shape(2, (3,), 63, 128, add=False),
     "one_token": Shape(1, (2,), 1, 128),
     "float32": Shape(2, (3,), 128, 256, dtype="float32"),

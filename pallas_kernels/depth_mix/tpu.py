@@ -1,8 +1,8 @@
 """Phase 1 on TPU (Mosaic): a source is copied to VMEM once, and stays for scores, softmax and mixing.
 
-Tokens are walked in groups of 16, sources lie in VMEM group by group, `[groups, R * 16, D]`, so that with
-lanes `(source, token)` both matrix products of a group, scores `W V^T` and the mixture (block-diagonal
-weights) `A V`, take it as it is. README.md derives it.
+Tokens are walked in groups of 8 to 64. Sources lie in VMEM as `[R, groups, group, D]`, of which a group is
+`[R * group, D]`: both its matrix products, scores `W V^T` (lanes are `(source, token)`) and the mixture
+`A V` (block-diagonal weights), take it as it is. README.md derives it.
 """
 
 import functools
@@ -14,13 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.depth_mix.config import GROUP, tpu_config
+from pallas_kernels.depth_mix.config import tpu_config
 from pallas_kernels.depth_mix.vjp import Forward
 from pallas_kernels.tpu import LANES, output, params
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 """Contracted dimensions of `a b`, `a b^T` and `a^T b`."""
-ROWS_PER_BLOCK = LANES // GROUP
 WIDTH = 512
 """Columns of a mixture that are computed at once."""
 
@@ -33,6 +32,8 @@ class Sizes(NamedTuple):
     tokens: int
     D: int
     tile: int
+    group: int
+    beside: bool
     cores: int
     eps: float
     counted: bool
@@ -50,12 +51,22 @@ class Sizes(NamedTuple):
     @property
     def lanes(self):
         """Of (source, token), in whole registers."""
-        return LANES * math.ceil(self.R / ROWS_PER_BLOCK)
+        return LANES * math.ceil(self.R * self.group / LANES)
 
     @property
     def groups(self) -> int:
         """Of a tile."""
-        return self.tile // GROUP
+        return self.tile // self.group
+
+    @property
+    def span(self) -> int:
+        """Lanes that hold the tokens of a tile."""
+        return max(LANES, self.tile)
+
+    def together(self, tokens: int) -> int:
+        """Groups of one loop body: a power of two of about `tokens`, fewer where a row is wide."""
+        wanted = max(1, tokens * min(1024, self.D) // self.D // self.group)
+        return math.gcd(self.groups, 2 ** (wanted.bit_length() - 1))
 
     @property
     def steps(self) -> int:
@@ -64,8 +75,8 @@ class Sizes(NamedTuple):
 
     @property
     def stats(self):
-        """Of one group: S8 rows of scores, and rstd in the first of 8 more."""
-        return (self.S8 + 8, self.lanes)
+        """Of one group: S rows of scores, the next is rstd, in whole registers."""
+        return (8 * math.ceil((self.S + 1) / 8), self.lanes)
 
 
 def forward(w, sources, counts, *, eps) -> Forward:
@@ -79,17 +90,21 @@ def forward(w, sources, counts, *, eps) -> Forward:
             num_scalar_prefetch=1,
             grid=(size.cores, size.steps),
             in_specs=[_whole(packed), *[_hbm()] * len(sources)],
-            out_specs=[_tokens(size), _per_tile(size, size.S8, LANES), _groups(size)],
-            scratch_shapes=[_buffer(size, 2, sources[0].dtype), pltpu.SemaphoreType.DMA((2,))],
+            out_specs=[_tokens(size), _per_tile(size, size.S8, size.span), _groups(size)],
+            scratch_shapes=[
+                _buffer(size, 2, sources[0].dtype),
+                pltpu.VMEM((size.groups, size.S8, size.lanes), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
         ),
         out_shape=[
             output((size.S, size.tokens, size.D), sources[0].dtype, sources[0]),
-            output((size.tokens // size.tile, size.S8, LANES), jnp.float32, sources[0]),
-            output((size.tokens // GROUP, *size.stats), jnp.float32, sources[0]),
+            output((size.tokens // size.tile, size.S8, size.span), jnp.float32, sources[0]),
+            output((size.tokens // size.group, *size.stats), jnp.float32, sources[0]),
         ],
         compiler_params=params(vmem),
         name="depth_mix_forward",
-    )(_counts(counts, size), packed, *[_grouped(v) for v in sources])
+    )(_counts(counts, size), packed, *[_grouped(size, v) for v in sources])
     lse = lse[:, : size.S, : size.tile].swapaxes(0, 1).reshape(size.S, size.tokens)
     return Forward(mixture[:, :tokens], lse[:, :tokens], stats)
 
@@ -103,8 +118,8 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
     d_lse = jnp.pad(d_lse, [(0, size.S8 - size.S), (0, size.tokens - tokens)])
     d_lse = d_lse.reshape(size.S8, -1, size.tile).swapaxes(0, 1)
     d_lse = jnp.pad(d_lse, [(0, 0), (0, 0), (0, LANES - size.tile)])
-    args = [_packed(w, dtype, size), d_mixture, d_lse, stats, *[_grouped(v) for v in sources]]
-    args += [_grouped(v) for v in _padded(d_sources)] if add else []
+    args = [_packed(w, dtype, size), d_mixture, d_lse, stats, *[_grouped(size, v) for v in sources]]
+    args += [_grouped(size, v) for v in _padded(d_sources)] if add else []
     d_w, *d_sources = pl.pallas_call(
         functools.partial(_backward_kernel, size, many, add),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -113,7 +128,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
             in_specs=[
                 _whole(args[0]),
                 _tokens(size),
-                _per_tile(size, size.S8, LANES),
+                _per_tile(size, size.S8, size.span),
                 _groups(size),
                 *[_hbm()] * (many + many * add),
             ],
@@ -128,7 +143,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
         ),
         out_shape=[
             output((size.cores, size.S8, size.D), jnp.float32, sources[0]),
-            *[output(_grouped(v).shape, dtype, sources[0]) for v in sources],
+            *[output(_grouped(size, v).shape, dtype, sources[0]) for v in sources],
         ],
         input_output_aliases={5 + many + k: 1 + k for k in range(many)} if add else {},
         compiler_params=params(vmem),
@@ -139,7 +154,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
 
 
 def _forward_kernel(size, counts, w, *refs):
-    *sources, mixture, lse, stats, buffer, arrived = refs
+    *sources, mixture, lse, stats, buffer, weights, arrived = refs
     step, slot = pl.program_id(1), lax.rem(pl.program_id(1), 2)
     _clear(size, buffer)
 
@@ -150,17 +165,36 @@ def _forward_kernel(size, counts, w, *refs):
     _each(copies(step, slot), "wait")
     visible = _visible(size, counts)
 
-    def group(q, lses):
-        v = buffer.at[slot, q]
-        scores, rstd = _scores(size, w, v)
-        stats[q] = jnp.concatenate([jnp.concatenate(scores, 1), jnp.concatenate(rstd, 1)], 0)
-        weights, lse = _softmax(
-            [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
-        )
-        _mix(size, _diagonal(size, weights), v, mixture, q)
-        return jnp.where(_lane((size.S8, LANES)) // GROUP == q, lse, lses)
+    scored, weighed, mixed = size.together(64), math.gcd(size.groups, 8), size.together(128)
+    # Three loops, each over several groups at once, for what waits in one group is hidden by the others.
 
-    lse[...] = lax.fori_loop(0, size.groups, group, jnp.zeros((size.S8, LANES), jnp.float32))
+    def score(i, carry):
+        some = [i * scored + k for k in range(scored)]
+        found = [_scores(size, w, buffer.at[slot, :, q]) for q in some]
+        for q, (scores, rstd) in zip(some, found, strict=True):
+            stats[q] = _with_rstd(size, scores, rstd)
+        return carry
+
+    def weigh(i, lses):
+        for q in [i * weighed + k for k in range(weighed)]:
+            stat = [stats[q, : size.S8, pl.ds(b, LANES)] for b in range(0, size.lanes, LANES)]
+            shares, lse = _softmax(
+                size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, stat, strict=True)]
+            )
+            weights[q] = jnp.concatenate(shares, 1)
+            lse = jnp.concatenate([lse] * (size.span // LANES), 1)
+            lses = jnp.where(_lane(lse.shape) // size.group == q, lse, lses)
+        return lses
+
+    def mix(i, carry):
+        for q in [i * mixed + k for k in range(mixed)]:
+            _mix(size, weights[q], buffer.at[slot, :, q], mixture, q)
+        return carry
+
+    lax.fori_loop(0, size.groups // scored, score, 0)
+    none = jnp.zeros((size.S8, size.span), jnp.float32)
+    lse[...] = lax.fori_loop(0, size.groups // weighed, weigh, none)
+    lax.fori_loop(0, size.groups // mixed, mix, 0)
 
 
 def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs):
@@ -194,24 +228,26 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
     visible = _visible(size, counts)
 
     def group(q, carry):
-        rows = pl.ds(pl.multiple_of(q * GROUP, GROUP), GROUP)
-        v, total = buffer.at[slot, q], sums.at[third, q]
+        rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
+        v, total = buffer.at[slot, :, q], sums.at[third, :, q]
         stat = [stats[q, :, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
-        scores, rstd = [s[: size.S8] for s in stat], [s[size.S8 : size.S8 + 1] for s in stat]
-        weights, _ = _softmax([jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)])
+        scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
+        weights, _ = _softmax(
+            size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
+        )
         d_out = jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
-        d_weights = _traces(size, _dot(d_out, v[...], NT))
-        own = jnp.where(_lane((size.S8, LANES)) // GROUP == q, d_lse[...], 0.0)
-        center = _over_sources(sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
-        center = center - _over_sources(own, jnp.add)
+        d_weights = _traces(size, _dot(d_out, _rows(v), NT))
+        own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)
+        center = _over_sources(size, sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
+        center = center - _over_sources(size, own, jnp.add)
         d_scores = [a * (d - center) for a, d in zip(weights, d_weights, strict=True)]
         pulls = [d * r for d, r in zip(d_scores, rstd, strict=True)]
         shrink = [
             jnp.sum(p * s, 0, keepdims=True) * r / size.D for p, s, r in zip(pulls, scores, rstd, strict=True)
         ]
         _pull(size, weights, pulls, shrink, d_out, w, v, total if add else None, total)
-        pulls = jnp.concatenate(pulls, 1)[:, : size.R * GROUP]
-        d_w[...] += _two_halves(pulls, v[...], NN)
+        pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
+        d_w[...] += _two_halves(pulls, _rows(v), NN)
         return carry
 
     lax.fori_loop(0, size.groups, group, 0)
@@ -225,53 +261,63 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
 
 
 def _scores(size, w, v):
-    """Scores [S8, 128] and rstd [8, 128] of one group, a list over registers of lanes (source, token)."""
-    raw, square = _both_halves(_dot(w[...], v[...], NT), size.S8), _squares(v)
+    """Scores [S8, lanes] and rstd [8, lanes] of one group; lanes are (source, token)."""
+    raw, square = _both_halves(_dot(w[...], _rows(v), NT), size.S8), _squares(v)
     rstd = lax.rsqrt(square / size.D + size.eps)
-    return _blocks(size, raw * rstd[:1]), _blocks(size, rstd)
+    return _widen(size, raw * jnp.concatenate([rstd] * (size.S8 // 8), 0)), _widen(size, rstd)
+
+
+def _with_rstd(size, scores, rstd):
+    """What is kept of a group: rstd takes the row after the scores."""
+    rows = size.stats[0]
+    scores = scores if rows == size.S8 else jnp.concatenate([scores, rstd], 0)
+    here = lax.broadcasted_iota(jnp.int32, scores.shape, 0) == size.S
+    return jnp.where(here, jnp.concatenate([rstd] * (rows // 8), 0), scores)
 
 
 def _squares(v):
     """sum_d v^2 of the rows of `v`, along lanes [8, rows]: to 128 columns first, the rest by a product."""
-    D = v.shape[1]
-    if D % LANES:
-        x = v[...].astype(jnp.float32)
-        part = x * x
-    else:
-        tiles = [v[:, pl.ds(at, LANES)].astype(jnp.float32) for at in range(0, D, LANES)]
-        part = functools.reduce(jnp.add, [t * t for t in tiles])
-    parts = (part,) if v.dtype == jnp.float32 else _halves(part)
-    ones = jnp.ones((16, part.shape[1]), parts[0].dtype)
-    return sum(_dot(ones, p, NT) for p in parts)[:8]
+    D, whole = v.shape[-1], v.shape[-1] // LANES * LANES
+    tiles = [_rows(v, at, LANES).astype(jnp.float32) for at in range(0, whole, LANES)]
+    parts = [functools.reduce(jnp.add, [t * t for t in tiles])] if tiles else []
+    if whole < D:
+        tail = _rows(v, whole, D - whole).astype(jnp.float32)
+        parts.append(tail * tail)
+    halves = [h for p in parts for h in ((p,) if v.dtype == jnp.float32 else _halves(p))]
+    return sum(_dot(jnp.ones((16, h.shape[1]), h.dtype), h, NT) for h in halves)[:8]
 
 
-def _softmax(scores):
-    """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat every 16."""
-    top = _over_sources(functools.reduce(jnp.maximum, scores), jnp.maximum)
+def _softmax(size, scores):
+    """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat."""
+    top = _over_sources(size, functools.reduce(jnp.maximum, scores), jnp.maximum)
     e = [jnp.exp(s - top) for s in scores]
-    total = _over_sources(functools.reduce(jnp.add, e), jnp.add)
+    total = _over_sources(size, functools.reduce(jnp.add, e), jnp.add)
     return [x / total for x in e], top + jnp.log(total)
 
 
-def _over_sources(x, op):
-    """Reduce a register over its 8 sources; the result stands at each of them."""
-    for shift in (64, 32, 16):
-        x = op(x, pltpu.roll(x, shift, 1))
+def _over_sources(size, x, op):
+    """Reduce a register over its sources; the result stands at each of them."""
+    shift = LANES // 2
+    while shift >= size.group:
+        x, shift = op(x, pltpu.roll(x, shift, 1)), shift // 2
     return x
 
 
-def _diagonal(size, weights):
-    """[S * 16, R * 16]: for each query, the diagonal of every source's 16 by 16 square."""
-    keep = _lane((GROUP, size.lanes)) % GROUP == lax.broadcasted_iota(jnp.int32, (GROUP, size.lanes), 0)
-    rows = jnp.concatenate(weights, 1)
-    spread = [jnp.where(keep, jnp.broadcast_to(rows[s : s + 1], keep.shape), 0.0) for s in range(size.S)]
-    return jnp.concatenate(spread, 0)[:, : size.R * GROUP]
+def _diagonal(size, rows):
+    """[len(rows) * group, width of a row]: of each row, the diagonal of every source's square."""
+    keep = _on_diagonal(size, rows[0].shape[1])
+    return jnp.concatenate([jnp.where(keep, jnp.broadcast_to(row, keep.shape), 0.0) for row in rows], 0)
+
+
+def _on_diagonal(size, width):
+    token = lax.broadcasted_iota(jnp.int32, (size.group, width), 0)
+    return _lane(token.shape) % size.group == token
 
 
 def _traces(size, products):
-    """The inverse of `_diagonal`: [S * 16, R * 16] to lists of [S8, 128]."""
-    rows = [_widen(size, products[s * GROUP : (s + 1) * GROUP]) for s in range(size.S)]
-    keep = _lane((GROUP, size.lanes)) % GROUP == lax.broadcasted_iota(jnp.int32, (GROUP, size.lanes), 0)
+    """The inverse of `_diagonal`: [S * group, R * group] to lists of [S8, 128]."""
+    rows = [_widen(size, products[s * size.group : (s + 1) * size.group]) for s in range(size.S)]
+    keep = _on_diagonal(size, size.lanes)
     sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
     sums += [jnp.zeros((size.S8 - size.S, size.lanes), jnp.float32)] if size.S8 > size.S else []
     whole = jnp.concatenate(sums, 0)
@@ -279,29 +325,37 @@ def _traces(size, products):
 
 
 def _mix(size, weights, v, mixture, q):
-    """Mixtures of one group, some columns at a time."""
-    rows = pl.ds(pl.multiple_of(q * GROUP, GROUP), GROUP)
-    left = _stack_halves(weights, v.dtype)
+    """Mixtures of one group, some columns at a time.
+
+    The two halves of a weight stand side by side, and the sources twice, or one below the other."""
+    rows, G = pl.ds(pl.multiple_of(q * size.group, size.group), size.group), size.group
+    weights = weights[:, : size.R * G]
+    parts = [weights] if v.dtype == jnp.float32 else [h.astype(jnp.float32) for h in _halves(weights)]
+    parts, copies = ([jnp.concatenate(parts, 1)], len(parts)) if size.beside else (parts, 1)
+    left = _diagonal(size, [part[s : s + 1] for s in range(size.S) for part in parts]).astype(v.dtype)
     for at, width in _columns(size.D):
-        out = _both_halves(_dot(left, v[:, pl.ds(at, width)], NN), size.S * GROUP)
+        out = _dot(left, jnp.concatenate([_rows(v, at, width)] * copies, 0), NN)
         for s in range(size.S):
-            mixture[s, rows, pl.ds(at, width)] = out[s * GROUP : (s + 1) * GROUP].astype(mixture.dtype)
+            of = [out[k * G : (k + 1) * G] for k in range(s * len(parts), (s + 1) * len(parts))]
+            mixture[s, rows, pl.ds(at, width)] = sum(of).astype(mixture.dtype)
 
 
 def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
     """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
-    left = jnp.concatenate([_diagonal(size, weights), jnp.concatenate(pulls, 1)[:, : size.R * GROUP]], 0)
-    left = left.T.astype(v.dtype)
-    columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * (8 - len(shrink))], 0).T
+    whole = jnp.concatenate(weights, 1)
+    left = _diagonal(size, [whole[s : s + 1, : size.R * size.group] for s in range(size.S)])
+    left = jnp.concatenate([left, jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0).T.astype(v.dtype)
+    short = -len(shrink) % 8
+    columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * short], 0).T
     shrink = jnp.concatenate([columns[:, b : b + 1] for b in range(size.lanes // LANES)], 0)
-    shrink = shrink[: size.R * GROUP]
+    shrink = shrink[: size.R * size.group]
     for at, width in _columns(size.D):
         cols = pl.ds(at, width)
         right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
-        total = _dot(left, right, NN) - shrink * v[:, cols].astype(jnp.float32)
+        total = _dot(left, right, NN) - shrink * _rows(v, at, width).astype(jnp.float32)
         if add is not None:
-            total = total + add[:, cols].astype(jnp.float32)
-        out[:, cols] = total.astype(out.dtype)
+            total = total + _rows(add, at, width).astype(jnp.float32)
+        out[:, :, cols] = total.astype(out.dtype).reshape(size.R, size.group, width)
 
 
 def _dot(a, b, contract):
@@ -355,7 +409,7 @@ def _visible(size, counts):
     """Which lanes hold a source that may be seen, for each register."""
     masks = []
     for b in range(size.lanes // LANES):
-        source, seen, at = _lane((size.S8, LANES)) // GROUP + b * ROWS_PER_BLOCK, None, 0
+        source, seen, at = (_lane((size.S8, LANES)) + b * LANES) // size.group, None, 0
         for k, rows in enumerate(size.rows):
             here = (source >= at) & (source < at + (counts[k] if size.counted else rows))
             seen, at = here if seen is None else seen | here, at + rows
@@ -368,24 +422,32 @@ def _lane(shape):
 
 
 def _copies(size, counts, arrays, buffer, semaphore, step, slot, out=False):
-    """The copies of one tile, as (number, index -> copy) of each array: only rows that may be seen."""
+    """The copies of one tile, of each array (rows, how many may be seen or None, (first, number) -> copy)."""
     tile = pl.ds((pl.program_id(0) * size.steps + step) * size.groups, size.groups)
     plans, at = [], 0
     for k, (rows, array) in enumerate(zip(size.rows, arrays, strict=True)):
 
-        def copy(r, array=array, at=at):
-            there = buffer.at[slot, :, pl.ds(pl.multiple_of((at + r) * GROUP, GROUP), GROUP)]
-            ends = (there, array.at[r, tile]) if out else (array.at[r, tile], there)
-            return pltpu.make_async_copy(*ends, semaphore.at[slot])
+        def copy(r, number, array=array, at=at):
+            ends = (array.at[pl.ds(r, number), tile], buffer.at[slot, pl.ds(at + r, number)])
+            return pltpu.make_async_copy(*(reversed(ends) if out else ends), semaphore.at[slot])
 
-        plans.append((counts[k] if size.counted else rows, copy))
+        plans.append((rows, counts[k] if size.counted else None, copy))
         at += rows
     return plans
 
 
 def _each(plans, verb):
-    for number, copy in plans:
-        lax.fori_loop(0, number, lambda r, c, copy=copy: (getattr(copy(r), verb)(), c)[1], 0)
+    for rows, visible, copy in plans:
+        if visible is None:
+            getattr(copy(0, rows), verb)()
+        else:
+            lax.fori_loop(0, visible, lambda r, c, copy=copy: (getattr(copy(r, 1), verb)(), c)[1], 0)
+
+
+def _rows(ref, at=0, width=None):
+    """Columns of all (source, token) of a group, [R * group, width]."""
+    width = ref.shape[-1] if width is None else width
+    return ref[:, :, pl.ds(at, width)].reshape(-1, width)
 
 
 def _prefetch(size, step, copies, slots=2):
@@ -410,15 +472,17 @@ def _clear(size, buffer):
 
 
 def _columns(D):
-    step = next((w for w in range(WIDTH, 0, -LANES) if D % w == 0), D)
-    return [(at, step) for at in range(0, D, step)]
+    """Pieces of a row, (first, width): an even number of registers, for an MXU 256 wide, but for the last."""
+    return [(at, min(WIDTH, D - at)) for at in range(0, D, WIDTH)]
 
 
 def _sizes(direction, w, sources, counts, eps):
     (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
     config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
     counted = any(n is not None for n in counts)
-    return Sizes(S, rows, tokens, D, config.tile, config.cores, eps, counted), config.vmem
+    return Sizes(
+        S, rows, tokens, D, config.tile, config.group, config.beside, config.cores, eps, counted
+    ), config.vmem
 
 
 def _counts(counts, size):
@@ -431,12 +495,12 @@ def _padded(arrays):
     return tuple(jnp.pad(a, [(0, 0), (0, short), (0, 0)]) for a in arrays) if short else tuple(arrays)
 
 
-def _grouped(v):
-    return v.reshape(len(v), -1, GROUP, v.shape[-1])
+def _grouped(size, v):
+    return v.reshape(len(v), -1, size.group, v.shape[-1])
 
 
 def _buffer(size, slots, dtype):
-    return pltpu.VMEM((slots, size.groups, size.R * GROUP, size.D), dtype)
+    return pltpu.VMEM((slots, size.R, size.groups, size.group, size.D), dtype)
 
 
 def _hbm():

@@ -1,0 +1,157 @@
+"""Attention Residuals with more, or less, to learn: switches that are not a rule of weighing."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from attnres_jax import depth
+from attnres_jax.axes import compute_dtype
+from attnres_jax.norm import RMSNorm
+from attnres_jax.residuals.attention import AttnRes, Opened
+from attnres_jax.residuals.base import Mix, Read
+
+
+@dataclass(frozen=True)
+class Biased(AttnRes):
+    """Each read has a learned number for each source, added to its score: `logits` [L, R], `logits_out` [R].
+
+    Completed summaries have the first columns, the running sum the last. They start at -`recency` times how
+    many sources are younger. `queries=False` leaves the queries out: input-independent mixing (Table 4).
+    """
+
+    queries: bool = True
+    recency: float = 0.0
+    axes: ClassVar = {"logits": "LR"}
+
+    def init(self, sublayers, width):
+        made = super().init(sublayers, width)
+        logits = jnp.asarray(-self.recency * _ages(self.schedule(sublayers).counts), jnp.float32)
+        own = {"logits": logits[:-1]}, {"logits": logits[-1]}
+        return Mix(*(pair | one if self.queries else one for pair, one in zip(made, own, strict=True)))
+
+    def _weight(self, mix, history):
+        if self.queries:
+            return super()._weight(mix, history)
+        array = history[0].array
+        return jnp.zeros((len(mix["logits"]), self.key_width or array.shape[-1]), compute_dtype(array.dtype))
+
+
+def _ages(counts):
+    """[L + 1 reads, R]: how many sources are younger; the last column of the first L is the running sum's."""
+    ages = np.array(counts)[:, None] - 1 - np.arange(max(counts))
+    ages[:-1, -1] = 0
+    return np.maximum(ages, 0)
+
+
+class Summed(NamedTuple):
+    """History inside a block, with the sum of its summaries."""
+
+    inner: Any
+    total: Float[Array, "B T D"]
+
+    @property
+    def rows(self) -> tuple[depth.Rows, ...]:
+        """The summaries."""
+        return self.inner.rows
+
+
+@dataclass(frozen=True)
+class Additive(AttnRes):
+    """The mixture is added to the plain residual stream, which it else replaces: `h = u_l + sum_i a_i v_i`.
+
+    The plain stream `u_l` is the sum of all outputs so far, which the sources of any read sum to: source i
+    has the weight `1 + a_i`. Our definition; the paper has none.
+    """
+
+    def open(self, mix, history) -> tuple[Any, Any]:
+        slots, inner = super().open(mix, history)
+        return slots, Summed(inner, _total(history))
+
+    def begin(self, history):
+        return super().begin(history.inner)
+
+    def read(self, slot, history, stream, norm, row=None):
+        read = super().read(slot, history.inner, stream, lambda h: h, row)
+        plain = history.total if read.stream is None else _sum(history.total, read.stream)
+        mixture = _sum(read.mixture, plain)
+        weights = None if read.weights is None else 1 + read.weights
+        return Read(norm(mixture), mixture, weights, history._replace(inner=read.history), read.stream)
+
+    def finish(self, mix, history):
+        read = super().finish(mix, history)
+        mixture = _sum(read.mixture, _total(history))
+        return Read(mixture, mixture, None if read.weights is None else 1 + read.weights)
+
+
+def _total(history):
+    """The sum of all visible rows, rounded once: what the plain residual stream is."""
+    found = 0.0
+    for array, n in history:
+        wide = array.astype(compute_dtype(array.dtype))
+        seen = True if n is None else (jnp.arange(len(array)) < n).reshape(-1, *[1] * (array.ndim - 1))
+        found = found + jnp.sum(jnp.where(seen, wide, 0), 0)
+    return jnp.asarray(found, history[0].array.dtype)
+
+
+def _sum(a, b):
+    dtype = compute_dtype(a.dtype)
+    return (a.astype(dtype) + b.astype(dtype)).astype(a.dtype)
+
+
+class Mapped(NamedTuple):
+    """A sublayer's share: its query, and the matrix that makes another one of the plain stream."""
+
+    w: Float[Array, "... K"]
+    j: Int[Array, "..."]
+    matrix: Float[Array, "... D K"]
+
+
+@dataclass(frozen=True)
+class InputQuery(AttnRes):
+    """Input-dependent queries (Table 4): `q_l = query_l + u_l W_l`, `u_l` the plain residual stream, normed.
+
+    The plain stream is the sum of the read's sources; `W_l` (`query_map`) starts at zero. Queries that depend
+    on the input cannot be asked ahead: one phase, in jnp whatever the implementation. Which hidden state the
+    paper projects is left open there; this one needs nothing that a read does not have. W decays.
+    """
+
+    axes: ClassVar = {"query_map": "LD>K"}
+
+    def init(self, sublayers, width):
+        keys, made = self.key_width or width, super().init(sublayers, width)
+        maps = {"query_map": jnp.zeros((sublayers, width, keys))}, {"query_map": jnp.zeros((width, keys))}
+        return Mix(*(pair | one for pair, one in zip(made, maps, strict=True)))
+
+    def open(self, mix, history) -> tuple[Any, Any]:
+        w = self._weight(mix, history)
+        matrix = mix["query_map"].astype(w.dtype) * mix["key_scale"].astype(w.dtype)[:, None]
+        return Mapped(w, jnp.arange(len(w)), matrix), Opened(history, None)
+
+    def read(self, slot, history, stream, norm, row=None):
+        running = () if stream is None else (depth.Rows(stream[None], (slot.j > 0).astype(jnp.int32)),)
+        read = self._asked(slot, (*history.rows, *running))
+        return Read(norm(read.mixture), read.mixture, read.weights, history, stream)
+
+    def finish(self, mix, history):
+        slot, _ = self.open({k: v[None] for k, v in mix.items()}, history)
+        return self._asked(jax.tree.map(lambda a: a[0], slot), history)
+
+    def _asked(self, slot, rows):
+        """The read of `rows` by each token's own query."""
+        u = _total(rows)
+        u = RMSNorm(jnp.ones(u.shape[-1]), self.eps)(u).astype(slot.w.dtype)
+        w = slot.w + jnp.einsum("btd,dk->btk", u, slot.matrix, precision="highest")
+
+        def one(w, sources):
+            if self.two_phase:
+                parts = [depth.Rows(v, r.n) for v, r in zip(sources, rows, strict=True)]
+                return depth.partial_mix(w[None], parts, self.rule).mixture[0], None
+            return tuple(depth.mix(w, [v for array in sources for v in array], self.rule))
+
+        tokens = jax.vmap(jax.vmap(one, (0, 1), (0, 1)), (0, 1), (0, 1))
+        mixture, weights = tokens(w, tuple(r.array for r in rows))
+        return Read(mixture, mixture, weights)
