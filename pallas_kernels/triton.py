@@ -16,15 +16,23 @@ def call(op, kernel, operands, outputs, *, grid, warps, constants, aliases=None,
         )
     import jax_triton
 
+    aliases, results = aliases or {}, {"out_type": outputs}
+    if _version(jax_triton) < (0, 4):  # for Triton 3.6, of PyTorch 2.11: scalars are not counted there
+        results = {"out_shape": outputs}
+        aliases = {i - sum(not hasattr(a, "shape") for a in operands[:i]): k for i, k in aliases.items()}
     kernels = importlib.import_module(f"pallas_kernels.{op}.triton_kernels")
     return jax_triton.triton_call(
         *operands,
         kernel=getattr(kernels, kernel),
-        out_type=outputs,
+        **results,
         name=f"{op}_{kernel}",
         grid=grid,
         num_warps=warps,
         num_stages=stages,
-        input_output_aliases=aliases or {},
+        input_output_aliases=aliases,
         **constants,
     )
+
+
+def _version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))

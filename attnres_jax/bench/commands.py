@@ -82,7 +82,8 @@ def _step(args):
 
 def _roofline_arguments(parser):
     add = parser.add_argument
-    add("--chip", choices=target.SLICES, help="TPU to compile for (default: each in turn)")
+    text = "to compile for (default: each TPU in turn)"
+    add("--chip", choices=[*target.SLICES, "h200"], help=text)
     add("--width", type=whole, default=2304, metavar="N", help="D (default 2304)")
     add("--sources", type=whole, default=9, metavar="N", help="R of Phase 1 (default 9)")
     add("--reads", type=whole, default=6, metavar="N", help="S of Phase 1 (default 6)")
@@ -91,9 +92,9 @@ def _roofline_arguments(parser):
 
 
 def _roofline(args):
-    from attnres_jax.bench import roofline
+    from attnres_jax.bench import h200, roofline
 
-    _exit(roofline.run(_plain(args)))
+    _exit((h200 if args.chip == "h200" else roofline).run(_plain(args)))
 
 
 def _plain(args):
@@ -112,7 +113,7 @@ COMMANDS = {
     ),
     "roofline": Command(
         *(_roofline, _roofline_arguments),
-        "Static cycles of the TPU kernels beside their DMA, compiled with no TPU.",
+        "What compilers say of the kernels, with no TPU or GPU: cycles beside DMA, or registers and spills.",
     ),
     "traffic": Command(
         *(_traffic, _traffic_arguments),

@@ -43,7 +43,7 @@ def _constants(w, sources):
     if S > QUERIES:
         raise ValueError(f"w: S = {S} queries, more than {QUERIES}")
     rows, queries = (max(16, 1 << (n - 1).bit_length()) for n in (R, S))
-    tile = {"NR": rows, "SP": queries, "TOK": max(1, 32 // rows), "BK": 64 if rows > 64 else 128}
+    tile = {"NR": rows, "SP": queries, "TOK": max(1, 32 // rows), "BK": 64 if rows > 32 else 128}
     lengths = [len(v) for v in sources] + [0] * (ARRAYS - len(sources))
     return {
         "R": R,
@@ -53,6 +53,16 @@ def _constants(w, sources):
         **tile,
         **{f"N{k}": n for k, n in enumerate(lengths)},
     }
+
+
+def _warps(sizes):
+    return 8 if sizes["NR"] > 32 else 4
+
+
+def _apply_tile(sizes):
+    """Tile and warps of `apply`: the widest that does not spill on an H200, where one does not (NR <= 64)."""
+    rows = sizes["NR"]
+    return {"TOK": 1, "BK": 128 if rows <= 16 else 64 if rows <= 64 else 32}, 4 if rows <= 16 else 8
 
 
 def _seen(sources, counts, rows):
@@ -86,7 +96,7 @@ def forward(w, sources, counts, *, eps):
             *(jax.ShapeDtypeStruct(s, F32) for s in shapes),
         ],
         grid=(-(-tokens // sizes["TOK"]),),
-        warps=4,
+        warps=_warps(sizes),
         constants=sizes,
     )
     return Forward(mixture, lse, (logits, rstd))
@@ -96,19 +106,18 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
     """(dw, d_sources), the latter added to what was given, in place."""
     del eps  # all that it says is in stats
     sizes, tokens, (logits, rstd) = _constants(w, sources), sources[0].shape[1], stats
-    seen, blocks = _seen(sources, counts, sizes["NR"]), -(-tokens // sizes["TOK"])
+    seen, (tile, warps) = _seen(sources, counts, sizes["NR"]), _apply_tile(sizes)
     (cs,) = call(
         "depth_mix",
         "dscore",
         [*_ten(sources), d_mixture, d_lse, lse, logits, rstd, seen, tokens],
         [jax.ShapeDtypeStruct(logits.shape, F32)],
-        grid=(blocks,),
-        warps=4,
+        grid=(-(-tokens // sizes["TOK"]),),
+        warps=_warps(sizes),
         constants=sizes,
     )
-    chunk = 64
-    chunks = -(-sizes["D"] // chunk)
-    programs = min(blocks, max(1, 4 * PROGRAMS // chunks))
+    chunks = -(-sizes["D"] // tile["BK"])
+    programs = min(-(-tokens // tile["TOK"]), max(1, 4 * PROGRAMS // chunks))
     given = d_sources is not None
     outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in sources]
     in_place = [*d_sources, *[jnp.zeros(8, v.dtype) for v in _missing(sources)]] if given else []
@@ -120,8 +129,8 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
         [*operands, *in_place],
         [*outs, *unused, jax.ShapeDtypeStruct((programs, len(w), sizes["D"]), F32)],
         grid=(programs, chunks),
-        warps=8,
+        warps=warps,
         aliases={len(operands) + k: k for k in range(len(sources))} if given else {},
-        constants={**sizes, "BK": chunk, "GIVEN": given},
+        constants={**sizes, **tile, "GIVEN": given},
     )
     return jnp.sum(results[-1], 0), tuple(results[: len(sources)])
