@@ -97,6 +97,36 @@ def _roofline(args):
     _exit((h200 if args.chip == "h200" else roofline).run(_plain(args)))
 
 
+def _kernels_arguments(parser):
+    add = parser.add_argument
+    several = {
+        "tokens": ([8192, 32768], "tokens, of each work"),
+        "width": ([2048, 7168], "D"),
+        "reads": ([6, 12], "S of a block and of Phase 1; the single read is always there"),
+    }
+    for name, (default, text) in several.items():
+        text += f" (default {' '.join(map(str, default))})"
+        add(f"--{name}", type=whole, nargs="+", default=default, metavar="N", help=text)
+    add("--sources", type=whole, default=8, metavar="N", help="n complete summaries (default 8)")
+    for name, (choices, text) in {
+        "tasks": (("block", "mix", "merge"), "what is timed"),
+        "arms": (
+            ("xla", "tpu", "gpu", "triton", "fla-core", "fast-attnres", "flash-attn-res", "liger-kernel"),
+            "ours and PyTorch's",
+        ),
+    }.items():
+        add(f"--{name}", nargs="+", choices=choices, default=list(choices), help=f"{text} (default: all)")
+    add("--rounds", type=whole, default=20, metavar="N", help="of all arms, there and back (default 20)")
+    add("--minutes", type=whole, metavar="N", help="after which no other work is begun (default: none)")
+    add("--out", metavar="FILE", help="JSON lines to add to; the table beside it, as FILE with .md")
+
+
+def _kernels(args):
+    from attnres_jax.bench import kernels
+
+    kernels.main(vars(args))
+
+
 def _plain(args):
     return {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | None)}
 
@@ -107,6 +137,10 @@ def _exit(code):
 
 
 COMMANDS = {
+    "kernels": Command(
+        *(_kernels, _kernels_arguments),
+        "Time the depth kernels on the device at hand, beside PyTorch's, each checked first.",
+    ),
     "step": Command(
         *(_step, _step_arguments),
         "Time a train step of plain, Full and Block on the devices at hand, in turns.",

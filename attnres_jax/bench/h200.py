@@ -2,7 +2,7 @@
 
 JAX's CUDA plugin compiles for a device described by h200.txtpb; Mosaic and Triton write PTX, ptxas makes
 machine code of it. Needs the CUDA wheels, no GPU. One JSON object a kernel; what the file already has for the
-same kernel code is not made again. In a process of its own: the environment must be set before JAX is imported.
+same kernel code is not made again. In its own process: JAX reads the environment when it is imported.
 """
 
 import glob
@@ -72,11 +72,6 @@ def toolkit() -> str | None:
     return str(Path(found[0]).parents[1]) if found else None
 
 
-def _disassembler():
-    """Of Triton's wheel, which Mosaic looks for on PATH and says so where there is none."""
-    return [path for folder in sys.path for path in glob.glob(f"{folder}/triton/backends/nvidia/bin")]
-
-
 def environment(folder: str) -> dict[str, str]:
     """What JAX, Mosaic and jax-triton read when they are imported; `folder` takes what they dump."""
     return {
@@ -84,7 +79,7 @@ def environment(folder: str) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "-1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit()} --xla_gpu_autotune_level=0",
-        "PATH": ":".join([f"{toolkit()}/bin", *_disassembler(), os.environ["PATH"]]),
+        "PATH": f"{toolkit()}/bin:{os.environ['PATH']}",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_TO": folder,
         "JAX_TRITON_DUMP_DIR": folder,
