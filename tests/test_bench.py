@@ -49,6 +49,19 @@ def test_step_end_to_end(tmp_path, capsys, monkeypatch):
     assert "| block | " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_step_of_two_arms(tmp_path, monkeypatch):
+    """Plain is always there; the implementation is passed on to the reads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out = tmp_path / "step.json"
+    keys = [f"--config.{name}={value}" for name, value in TINY.items()]
+    words = ["bench", "step", "--config=quick:block", "--rounds=2", f"--out={out}", *keys, "--arms", "block"]
+    assert __main__.main([*words, "--implementation=xla"]) == 0
+    assert set(json.loads(out.read_text())["arms"]) == {"plain", "block"}
+    with pytest.raises(Exception, match=r"jax-triton does not lower|No module named 'jax_triton'"):
+        __main__.main([*words, "--implementation=triton"])
+
+
 def test_turns_are_balanced():
     """There and back: over a round every arm has the same mean place, so that drift falls on all alike."""
     taken = list(turns.order("abc", 4))

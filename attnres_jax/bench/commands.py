@@ -68,8 +68,11 @@ def _traffic(args):
 def _step_arguments(parser):
     add = parser.add_argument
     add("--config", required=True, metavar="CONFIG", help="as train takes it, also --config.KEY=VALUE")
-    text = "of the three arms, there and back (default 20)"
-    add("--rounds", type=whole, default=20, metavar="N", help=text)
+    add("--rounds", type=whole, default=20, metavar="N", help="of all arms, there and back (default 20)")
+    residuals = ("plain", "full", "block")
+    add("--arms", nargs="+", choices=residuals, default=residuals, help="beside plain (default: both)")
+    text = "of the reads over depth (default: chosen by device)"
+    add("--implementation", choices=("xla", "tpu", "gpu", "triton"), help=text)
     add("--out", metavar="FILE", help="JSON to write")
 
 
@@ -77,7 +80,7 @@ def _step(args):
     config = configs.load(args.config, args.overrides)
     from attnres_jax.bench import step
 
-    step.main(config, args.rounds, args.out)
+    step.main(config, args.rounds, args.out, args.arms, args.implementation)
 
 
 def _roofline_arguments(parser):
@@ -111,7 +114,10 @@ def _kernels_arguments(parser):
     for name, (choices, text) in {
         "tasks": (("block", "mix", "merge"), "what is timed"),
         "arms": (
-            ("xla", "tpu", "gpu", "triton", "fla-core", "fast-attnres", "flash-attn-res", "liger-kernel"),
+            (
+                *("xla", "tpu", "gpu", "triton", "fla-core", "fla-core-gluon"),
+                *("fast-attnres", "flash-attn-res", "liger-kernel"),
+            ),
             "ours and PyTorch's",
         ),
     }.items():

@@ -2,7 +2,8 @@
 
 What a peer does for a work, which is the same function of the same inputs (shared memory, nothing is copied):
 
-    fla-core         one fused read over separate sources, with its output norm; S reads are S calls
+    fla-core         one fused read over separate sources, with its output norm; S reads are S calls. Twice:
+                     its Triton kernels, and those in Gluon, which it offers beside them
     fast-attnres     one read over separate sources, PyTorch's norm; S reads of mix are one call of its own
     flash-attn-res   two phases, PyTorch's norm; its buffer is the one array of sources; D a power of two
     liger-kernel     one read over one array, PyTorch's norm; in a block the sources are stacked for each read
@@ -16,6 +17,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -49,10 +51,16 @@ class Peer(NamedTuple):
     """ws, sources -> mixtures, lse; and p, w, mixture, lse -> mixture."""
 
 
-def _fla(torch: Any) -> Peer:
+def _fla(torch: Any, gluon: bool = False) -> Peer:
     fused = importlib.import_module("fla.ops.attnres").fused_attnres
+    backends = importlib.import_module("fla.ops.attnres.backends")
+    if gluon and not (
+        hasattr(backends, "AttnResGluonBackend") and backends.AttnResGluonBackend.is_available()
+    ):
+        raise Unsupported("its Gluon backend is not available")
 
     def read(w, sources, scale=None):
+        os.environ["FLA_ATTNRES_GLUON"] = str(int(gluon))  # how it is chosen, read at each call
         how = {"output_rms_weight": scale, "rms_eps": EPS, "checkpoint_level": 0}  # its faster backward
         return fused(w, sources, torch.ones_like(w), **how)
 
@@ -106,6 +114,7 @@ def _norm(torch):
 
 PEERS = {
     "fla-core": ("fla.ops.attnres", _fla),
+    "fla-core-gluon": ("fla.ops.attnres", partial(_fla, gluon=True)),
     "fast-attnres": ("attnres", _fast),
     "flash-attn-res": ("flash_attn_res", _flash),
     "liger-kernel": ("liger_kernel.transformers.functional", _liger),

@@ -5,7 +5,7 @@ state of its own in memory, all at once.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,23 +35,30 @@ class Arm(NamedTuple):
     """Bytes beside them, at the peak."""
 
 
-def measure(config: Config, rounds: int) -> dict[str, Any]:
-    """Seconds of a step of every arm, and its ratio to plain round by round."""
+def measure(
+    config: Config, rounds: int, names: Sequence[str] = ARMS, implementation: str | None = None
+) -> dict[str, Any]:
+    """Seconds of a step of every arm, and its ratio to plain round by round; plain is always one of them.
+
+    `implementation` names that of the reads over depth; None chooses (`choice.choose`).
+    """
+    names = ["plain", *(name for name in names if name != "plain")]
     if jax.process_count() > 1:
         raise UserError("bench step is for one process: its clock is that of one host")
     vocab = open_corpus(config.data.corpus).vocab
-    arms = {name: _arm(config, name, vocab) for name in ARMS}
-    for name in ARMS:
+    arms = {name: _arm(config, name, vocab, implementation) for name in names}
+    for name in names:
         for _ in range(WARM):
             arms[name], _ = _timed(arms[name], 0)
-    seconds = {name: np.zeros((rounds, 2)) for name in ARMS}
-    for at, (i, name) in enumerate(turns.order(ARMS, rounds)):
-        arms[name], seconds[name][i, at // len(ARMS) % 2] = _timed(arms[name], i)
-    return {name: _summary(arms[name], seconds[name], seconds["plain"]) for name in ARMS}
+    seconds = {name: np.zeros((rounds, 2)) for name in names}
+    for at, (i, name) in enumerate(turns.order(names, rounds)):
+        arms[name], seconds[name][i, at // len(names) % 2] = _timed(arms[name], i)
+    return {name: _summary(arms[name], seconds[name], seconds["plain"]) for name in names}
 
 
-def _arm(config, residual, vocab):
-    run = step.programs(configs.from_flat(configs.to_flat(config) | {"residual": residual}), vocab)
+def _arm(config, residual, vocab, implementation):
+    config = configs.from_flat(configs.to_flat(config) | {"residual": residual})
+    run = step.programs(config, vocab, implementation=implementation)
     shape, rng = (config.data.batch, config.data.length + 1), np.random.default_rng(config.seed)
     tokens = [
         jax.device_put(rng.integers(vocab, size=shape, dtype=np.int32), run.place) for _ in range(BATCHES)
@@ -93,11 +100,18 @@ def table(arms: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config, rounds: int, out: str | None) -> None:
+def main(
+    config: Config, rounds: int, out: str | None, names: Sequence[str], implementation: str | None
+) -> None:
     """Measure, print and write."""
-    arms = measure(config, rounds)
+    arms = measure(config, rounds, names, implementation)
     print(table(arms))
     devices = mesh.available()
     device = f"{len(devices)} x {devices[0].device_kind}"
-    whole = {"rounds": rounds, "config": configs.to_flat(config), "arms": arms}
+    whole = {
+        "rounds": rounds,
+        "implementation": implementation,
+        "config": configs.to_flat(config),
+        "arms": arms,
+    }
     report.write(report.provenance(device) | whole, out)
