@@ -5,6 +5,7 @@ Mosaic GPU runs in the interpreter that looks for races, Triton in its own.
 
 import importlib.util
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import triton_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import pallas_kernels.triton
 from attnres_jax import __main__
 from attnres_jax.bench import h200
 from pallas_kernels.depth_merge import gpu as merge_gpu
@@ -206,6 +208,7 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
 MIX = [  # S, rows of each array, visible of them, tokens, D, given
     pytest.param(3, [1, 4], [None, 2], 5, 128, True, id="two arrays, counted"),
     pytest.param(1, [3], [None], 9, 64, False, id="single read", marks=pytest.mark.slow),
+    pytest.param(1, [1, 4], [None, 2], 5, 128, True, id="single read, counted"),
     pytest.param(3, [4], [1], 3, 192, False, id="one visible row", marks=pytest.mark.slow),
     pytest.param(12, [3, 7], [None, None], 17, 128, True, id="more than eight rows", marks=pytest.mark.slow),
     pytest.param(17, [2], [None], 3, 64, True, id="more than 16 queries", marks=pytest.mark.slow),
@@ -308,6 +311,34 @@ def test_triton_says_why_it_does_not_lower():
     backend = importlib.import_module("pallas_kernels.depth_mix.triton")
     with pytest.raises(RuntimeError, match=r"jax-triton does not lower under JAX 0\.12"):
         backend.forward(jnp.ones((1, 16)), (jnp.ones((1, 1, 16)),), (None,), eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("version", "results", "alias"), [("0.4.1", "out_type", 3), ("0.3.1", "out_shape", 1)]
+)
+def test_triton_is_called_as_its_version_wants(version, results, alias, monkeypatch):
+    """jax-triton 0.3, for Triton 3.6: aliases do not count scalars, and a Python float would be fp64."""
+    calls = []
+
+    def triton_call(*operands, **options):
+        calls.append((operands, options))
+
+    package = SimpleNamespace(__version__=version, triton_call=triton_call)
+    monkeypatch.setitem(sys.modules, "jax_triton", package)
+    monkeypatch.setitem(
+        sys.modules, "pallas_kernels.depth_mix.triton_kernels", SimpleNamespace(apply="kernel")
+    )
+    monkeypatch.setattr(jax.version, "__version_info__", (0, 11, 2))
+    a, b = jnp.zeros(3), jnp.ones(2)
+    options = {"grid": (1,), "warps": 4, "constants": {"D": 3}, "aliases": {3: 0}}
+    pallas_kernels.triton.call("depth_mix", "apply", [a, 5, 1e-6, b], ["shape"], **options)
+    ((operands, said),) = calls
+    assert said[results] == ["shape"]
+    assert said["input_output_aliases"] == {alias: 0}
+    assert said["kernel"] == "kernel"
+    assert said["D"] == 3
+    assert isinstance(operands[2], np.float32)
+    assert (operands[0] is a, operands[1], operands[3] is b) == (True, 5, True)
 
 
 KERNELS = {  # calls of each kernel in forward and backward
