@@ -85,8 +85,8 @@ def _mix(implementation, a):
 def _merge(implementation, a):
     done = Partial(a["mixture"][None], a["lse"][None])
     how = {"norm": RMSNorm(a["scale"], EPS), "eps": EPS, "implementation": implementation}
-    x, _, stream = ops.depth_merge(a["w"], done, a["stream"], jnp.int32(0), jnp.bool(False), **how)
-    return {"x": x, "stream": stream}
+    x, done, stream = ops.depth_merge(a["w"], done, a["stream"], jnp.int32(0), jnp.bool(False), **how)
+    return {"x": _after(x, done), "stream": stream}
 
 
 def _block(implementation, a):
@@ -97,6 +97,28 @@ def _block(implementation, a):
         read, done, p = ops.depth_merge(
             w, done, p, jnp.int32(j), jnp.bool(j == 0), norm=RMSNorm(scale, EPS), **how
         )
+        # A sublayer makes y of x, after it: the sums of a block cannot be one fusion.
+        read, y, p = jax.lax.optimization_barrier((read, y, p))
         x.append(read)
         p = p + y if j else p  # the first read has no sum; the sum then is y_0
-    return {"x": tuple(x), "summary": p}
+    return {"x": (*x[:-1], _after(x[-1], done)), "summary": p}
+
+
+@jax.custom_vjp
+def _after(x, done):
+    """`x`, when no read is to come: each wrote its row of the cotangents of `done`, which start as nothing.
+
+    So it is in a model (`autodiff.Once`); autodiff alone would fill them with zeros first."""
+    del done
+    return x
+
+
+def _after_fwd(x, done):
+    return x, done
+
+
+def _after_bwd(done, d_x):
+    return d_x, jax.tree.map(lambda a: jax.lax.empty(a.shape, a.dtype), done)
+
+
+_after.defvjp(_after_fwd, _after_bwd)
