@@ -3,15 +3,18 @@
 import importlib
 import importlib.util
 import json
+import re
+import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnres_jax import __main__
+from attnres_jax import __main__, configs
 from attnres_jax.bench import arms, commands, kernels, peers, work
 from attnres_jax.bench.arms import Ready, Unsupported
 from attnres_jax.bench.work import Work
@@ -73,14 +76,19 @@ def unseen():
     return min(set(range(SMALL.tokens)) - set(work.places(SMALL.tokens)))
 
 
+@pytest.fixture(scope="module")
+def right():
+    """Results of a right arm, and the truth."""
+    inputs = work.sampled(work.draw(SMALL, 0), SMALL)
+    return arms.make("xla", SMALL, [inputs], 1).results(inputs), work.truth(inputs, SMALL)
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_is_wrong_gets_no_speed(change):
-    chosen = kernels.makers(["xla"]) | {"peer": partial(changed, change)}
-    found = kernels.measure(SMALL, chosen, rounds=2)["arms"]
-    assert speed(found["xla"])
-    assert not speed(found["peer"])
-    assert found["peer"]["reason"].startswith("wrong: ")
-    assert "over_fastest_peer" not in found["xla"]
+def test_what_is_wrong_is_seen(change, right):
+    results, want = right
+    assert not kernels._wrong(work.errors(results, want, SMALL), work.LIMIT["bfloat16"])
+    found = kernels._wrong(work.errors(change(results), want, SMALL), work.LIMIT["bfloat16"])
+    assert found.startswith("wrong: ")
 
 
 def raises(error, work, sets, repeats):
@@ -89,6 +97,7 @@ def raises(error, work, sets, repeats):
 
 def test_what_fails_stays_with_its_reason():
     chosen = kernels.makers(["xla", "tpu"]) | {
+        "off": partial(changed, CHANGES["a result is off"]),
         "broken": partial(raises, ZeroDivisionError("no\nsuch kernel")),
         "elsewhere": partial(raises, Unsupported("D must be a power of two")),
         "incomplete": partial(changed, lambda r: {"mixture": r["mixture"]}),
@@ -98,11 +107,13 @@ def test_what_fails_stays_with_its_reason():
     reasons = {name: found.get("reason") for name, found in row["arms"].items()}
     assert reasons["xla"] is None
     assert reasons["tpu"] == "runs on tpu, this is cpu"
+    assert reasons["off"] == "wrong: mixture is off by 0.05, the limit is 0.02"
+    assert "over_fastest_peer" not in row["arms"]["xla"]
     assert reasons["broken"] == "ZeroDivisionError: no"
     assert reasons["elsewhere"] == "D must be a power of two"
     assert "['d_sources', 'd_w'] are missing" in reasons["incomplete"]
     assert "d_w must be (2, 16)" in reasons["misshapen"]
-    assert [bool(speed(found)) for found in row["arms"].values()] == [True] + [False] * 5
+    assert [bool(speed(found)) for found in row["arms"].values()] == [True] + [False] * 6
     table = "\n".join(kernels.lines(row))
     assert all(reason in table for reason in reasons.values() if reason)
 
@@ -197,6 +208,22 @@ def test_the_command_names_what_there_is():
     args = parser.parse_args([])
     assert tuple(args.arms) == kernels.OURS + kernels.PEERS
     assert tuple(args.tasks) == kernels.TASKS
+
+
+def test_the_session_names_what_there_is():
+    """The script for a GPU is sound, and what it asks for exists."""
+    script = Path(__file__).with_name("h200_session.sh")
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text().replace("\\\n", " ")
+    (words,) = re.findall(r"-m attnres_jax (bench kernels .*)", text)
+    args = __main__._parse([w for w in words.split() if w != '"${runs[@]}"'])
+    assert tuple(args.arms) == kernels.PEERS
+    (words,) = re.findall(r"-m attnres_jax (bench step .*)", text)
+    keys = re.search(r"keys=\((.*?)\)\n", text, re.DOTALL)[1]
+    keys = re.sub(r"\$\(\(.*?\)\)", "128", keys.replace("$width", "2304"))
+    shown = words.replace('"${keys[@]}"', keys).replace('"$implementation"', "gpu")
+    args = __main__._parse(shown.replace('"', "").split())
+    assert configs.load(args.config, args.overrides).model.width == 2304
 
 
 def test_end_to_end(tmp_path, capsys, monkeypatch):
