@@ -25,7 +25,7 @@ stage() {  # name, seconds, command: all it says to log.txt, its end to the term
 }
 
 check() {  # fails where a kernel hung or broke the process: it would take others with it below
-  [[ $STAGES != *check* ]] || stage "check $1" 80 "$PYTHON" tests/on_gpu.py "$1"
+  [[ $STAGES != *check* ]] || stage "check $1" 100 "$PYTHON" tests/on_gpu.py "$1" 60
   [ $? -le 1 ]  # 1: something is wrong, which gets no speed and a reason
 }
 

@@ -1,13 +1,15 @@
 """The GPU kernels on a GPU against the equations in fp64: `python tests/on_gpu.py gpu`, or `triton`.
 
-The shapes of test_kernels_gpu.py, and large and odd ones; one line each, exit code 1 if any is off. A kernel
-that waits for ever has to be stopped from outside: give it a time limit.
+Large and odd shapes, then those of test_kernels_gpu.py; one line each, exit code 1 if any is off. A second
+argument is the seconds after which no other row is begun. A kernel that waits for ever has to be stopped from
+outside.
 """
 
 import importlib
 import sys
 import time
 import traceback
+from itertools import zip_longest
 
 import jax
 import test_kernels_gpu as checks
@@ -33,14 +35,21 @@ def rows(backend):
     """A name, the check, and its arguments."""
     merge = importlib.import_module(f"pallas_kernels.depth_merge.{backend}")
     mix = importlib.import_module(f"pallas_kernels.depth_mix.{backend}")
-    for tokens, D, S, dtype, norm, y, j, first, keep in (*LARGE_MERGE, *values(checks.MERGE)):
+
+    def read(tokens, D, S, dtype, norm, y, j, first, keep):
         a = checks.merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
-        yield f"merge {tokens} x {D} {a.stream.dtype}", checks.check_merge, (merge, a, j, first, keep)
-    odd = TRITON_ONLY if backend == "triton" else ()
-    for S, lengths, counts, tokens, D, given in (*LARGE_MIX, *odd, *values(checks.MIX)):
+        return f"merge {tokens} x {D} {a.stream.dtype}", checks.check_merge, (merge, a, j, first, keep)
+
+    def reads(S, lengths, counts, tokens, D, given):
         roundings = -(-S // 16) if backend == "gpu" else 1
         arguments = (mix, S, lengths, counts, tokens, D, BF16, given, jax.jit, roundings)
-        yield f"mix {lengths} S={S} {tokens} x {D}", checks.check_mix, arguments
+        return f"mix {lengths} S={S} {tokens} x {D}", checks.check_mix, arguments
+
+    odd = TRITON_ONLY if backend == "triton" else ()
+    for one, several in zip_longest(LARGE_MERGE, (*LARGE_MIX, *odd)):  # both early
+        yield from ([read(*one)] if one else []) + ([reads(*several)] if several else [])
+    yield from (read(*row) for row in values(checks.MERGE))
+    yield from (reads(*row) for row in values(checks.MIX))
 
 
 def values(parameters):
@@ -48,13 +57,17 @@ def values(parameters):
     return [p.values for p in parameters]
 
 
-def main(backend):
+def main(backend, seconds="inf"):
     """Check every row; the number of those that are off."""
+    begun = time.monotonic()
     jax.config.update("jax_default_matmul_precision", "highest")  # of the equations
     print(f"{backend} on {jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
     failed = 0
     for name, check, arguments in rows(backend):
         start = time.monotonic()
+        if start - begun > float(seconds):
+            print(f"no time for {name}", flush=True)
+            continue
         try:
             check(*arguments)
         except Exception as error:  # every row is to be seen
@@ -68,4 +81,4 @@ def main(backend):
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(sys.argv[1]), 1))
+    sys.exit(min(main(*sys.argv[1:]), 1))
