@@ -3,6 +3,7 @@
 import importlib
 
 import jax
+import numpy as np
 
 PROGRAMS = 264  # two for each of a Hopper's 132 processors
 
@@ -16,15 +17,24 @@ def call(op, kernel, operands, outputs, *, grid, warps, constants, aliases=None,
         )
     import jax_triton
 
+    aliases, results = aliases or {}, {"out_type": outputs}
+    if _version(jax_triton) < (0, 4):  # for Triton 3.6, of PyTorch 2.11: aliases do not count scalars there
+        results = {"out_shape": outputs}
+        aliases = {i - sum(isinstance(a, int | float) for a in operands[:i]): k for i, k in aliases.items()}
+    operands = [np.float32(a) if isinstance(a, float) else a for a in operands]  # else fp64, in 0.3
     kernels = importlib.import_module(f"pallas_kernels.{op}.triton_kernels")
     return jax_triton.triton_call(
         *operands,
         kernel=getattr(kernels, kernel),
-        out_type=outputs,
+        **results,
         name=f"{op}_{kernel}",
         grid=grid,
         num_warps=warps,
         num_stages=stages,
-        input_output_aliases=aliases or {},
+        input_output_aliases=aliases,
         **constants,
     )
+
+
+def _version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnres_jax import __main__, configs
-from attnres_jax.bench import report, step, target
+from attnres_jax.bench import report, step, target, turns
 
 TINY = {
     "model.blocks": 1,
@@ -49,12 +49,25 @@ def test_step_end_to_end(tmp_path, capsys, monkeypatch):
     assert "| block | " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_step_of_two_arms(tmp_path, monkeypatch):
+    """Plain is always there; the implementation is passed on to the reads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out = tmp_path / "step.json"
+    keys = [f"--config.{name}={value}" for name, value in TINY.items()]
+    words = ["bench", "step", "--config=quick:block", "--rounds=2", f"--out={out}", *keys, "--arms", "block"]
+    assert __main__.main([*words, "--implementation=xla"]) == 0
+    assert set(json.loads(out.read_text())["arms"]) == {"plain", "block"}
+    with pytest.raises(Exception, match=r"jax-triton does not lower|No module named 'jax_triton'"):
+        __main__.main([*words, "--implementation=triton"])
+
+
 def test_turns_are_balanced():
     """There and back: over a round every arm has the same mean place, so that drift falls on all alike."""
-    turns = list(step.order("abc", 4))
-    assert [name for i, name in turns if i == 2] == list("abccba")
+    taken = list(turns.order("abc", 4))
+    assert [name for i, name in taken if i == 2] == list("abccba")
     places = Counter()
-    for at, (_, name) in enumerate(turns):
+    for at, (_, name) in enumerate(taken):
         places[name] += at
     assert len(set(places.values())) == 1
 
@@ -63,11 +76,11 @@ def test_the_interval_covers_the_median():
     """Of noise around 1.1: about as often as it says, and narrower with more rounds."""
     rng, inside, widths = np.random.default_rng(0), 0, {}
     for _ in range(100):
-        low, high = step.interval(rng.normal(1.1, 0.05, 40))
+        low, high = turns.interval(rng.normal(1.1, 0.05, 40))
         inside += low <= 1.1 <= high
     assert 88 <= inside <= 100
     for rounds in (10, 160):
-        low, high = step.interval(rng.normal(1.1, 0.05, rounds))
+        low, high = turns.interval(rng.normal(1.1, 0.05, rounds))
         widths[rounds] = high - low
     assert widths[160] < 0.6 * widths[10]
 

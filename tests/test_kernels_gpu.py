@@ -5,12 +5,10 @@ Mosaic GPU runs in the interpreter that looks for races, Triton in its own.
 
 import importlib.util
 import json
-import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
 
-import h200
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,9 @@ import pytest
 import triton_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import pallas_kernels.triton
+from attnres_jax import __main__
+from attnres_jax.bench import h200
 from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
 from pallas_kernels.depth_mix import gpu_backward
@@ -207,6 +208,7 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
 MIX = [  # S, rows of each array, visible of them, tokens, D, given
     pytest.param(3, [1, 4], [None, 2], 5, 128, True, id="two arrays, counted"),
     pytest.param(1, [3], [None], 9, 64, False, id="single read", marks=pytest.mark.slow),
+    pytest.param(1, [1, 4], [None, 2], 5, 128, True, id="single read, counted"),
     pytest.param(3, [4], [1], 3, 192, False, id="one visible row", marks=pytest.mark.slow),
     pytest.param(12, [3, 7], [None, None], 17, 128, True, id="more than eight rows", marks=pytest.mark.slow),
     pytest.param(17, [2], [None], 3, 64, True, id="more than 16 queries", marks=pytest.mark.slow),
@@ -311,19 +313,47 @@ def test_triton_says_why_it_does_not_lower():
         backend.forward(jnp.ones((1, 16)), (jnp.ones((1, 1, 16)),), (None,), eps=EPS)
 
 
+@pytest.mark.parametrize(
+    ("version", "results", "alias"), [("0.4.1", "out_type", 3), ("0.3.1", "out_shape", 1)]
+)
+def test_triton_is_called_as_its_version_wants(version, results, alias, monkeypatch):
+    """jax-triton 0.3, for Triton 3.6: aliases do not count scalars, and a Python float would be fp64."""
+    calls = []
+
+    def triton_call(*operands, **options):
+        calls.append((operands, options))
+
+    package = SimpleNamespace(__version__=version, triton_call=triton_call)
+    monkeypatch.setitem(sys.modules, "jax_triton", package)
+    monkeypatch.setitem(
+        sys.modules, "pallas_kernels.depth_mix.triton_kernels", SimpleNamespace(apply="kernel")
+    )
+    monkeypatch.setattr(jax.version, "__version_info__", (0, 11, 2))
+    a, b = jnp.zeros(3), jnp.ones(2)
+    options = {"grid": (1,), "warps": 4, "constants": {"D": 3}, "aliases": {3: 0}}
+    pallas_kernels.triton.call("depth_mix", "apply", [a, 5, 1e-6, b], ["shape"], **options)
+    ((operands, said),) = calls
+    assert said[results] == ["shape"]
+    assert said["input_output_aliases"] == {alias: 0}
+    assert said["kernel"] == "kernel"
+    assert said["D"] == 3
+    assert isinstance(operands[2], np.float32)
+    assert (operands[0] is a, operands[1], operands[3] is b) == (True, 5, True)
+
+
 KERNELS = {  # calls of each kernel in forward and backward
-    "merge": {"depth_merge_forward": 1, "depth_merge_backward": 1},
-    "mix": {"depth_mix_score": 1, "depth_mix_forward": 1, "depth_mix_dscore": 1, "depth_mix_apply": 1},
+    "depth_merge": {"depth_merge_forward": 1, "depth_merge_backward": 1},
+    "depth_mix": {"depth_mix_score": 1, "depth_mix_forward": 1, "depth_mix_dscore": 1, "depth_mix_apply": 1},
 }
 
 
 @pytest.mark.parametrize("op", KERNELS)
-def test_lowering_for_cuda_holds_each_kernel_once(op, monkeypatch):
-    monkeypatch.setattr(h200, "N", 2)  # lowering takes as long as there are rows and queries
-    monkeypatch.setattr(h200, "S", 1)
+def test_lowering_for_cuda_holds_each_kernel_once(op):
     programs = []
-    for f, args in getattr(h200, op)(bf16, 512):
-        with jax.sharding.use_abstract_mesh(h200.abstract(jax)):
+    for direction in h200.DIRECTIONS:
+        # Lowering takes as long as there are rows and queries.
+        f, args = h200.call(h200.Case("gpu", op, direction, 512, 2, 1))
+        with jax.sharding.use_abstract_mesh(h200.mesh()):
             programs.append(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)))
     text = "".join(p.as_text(debug_info=True) for p in programs)
     assert text.count("custom_call @mosaic_gpu") == sum(KERNELS[op].values())
@@ -331,13 +361,50 @@ def test_lowering_for_cuda_holds_each_kernel_once(op, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_kernel_spills_on_an_h200():
-    """ptxas itself, for a device that is not there; in its own process, which is not confined to the CPU."""
+def test_no_kernel_spills_on_an_h200(tmp_path):
+    """ptxas itself, for a device that is not there; jax-triton where this JAX takes it."""
     if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)) or not h200.toolkit():
         pytest.skip("the CUDA plugin of JAX or the CUDA compiler is not installed")
-    rows = [f"{op}:{D}" for op in KERNELS for D in (2048, 2304, 4096)]
-    run = subprocess.run([sys.executable, h200.__file__, *rows], capture_output=True, text=True, check=True)
-    kernels = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert {k["kernel"] for k in kernels} == {name for op in KERNELS.values() for name in op}
-    assert len(kernels) == 3 * sum(map(len, KERNELS.values()))
-    assert all(k["spilled"] == 0 for k in kernels), kernels
+    out = tmp_path / "rows.jsonl"
+    for width in (2048, 2304, 4096):
+        words = ["bench", "roofline", "--chip=h200", f"--width={width}", f"--out={out}"]
+        assert __main__.main(words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    compiled = [row for row in rows if "error" not in row]
+    names = {name for op in KERNELS.values() for name in op}
+    assert {row["kernel"] for row in compiled if row["backend"] == "gpu"} == names
+    lowers = jax.version.__version_info__ < (0, 12) and importlib.util.find_spec("jax_triton")
+    assert {row["kernel"] for row in compiled if row["backend"] == "triton"} == (
+        names - {"depth_mix_score"} if lowers else set()
+    )
+    assert all(row["spilled_bytes"] == 0 and row["registers"] <= 255 for row in compiled), rows
+
+
+def test_what_ptxas_says_is_read():
+    """Spills are stores and loads; shared memory is what is declared and what a launch asks for."""
+    words = (
+        "    48 bytes stack frame, 44 bytes spill stores, 52 bytes spill loads\n"
+        "ptxas info    : Used 128 registers, used 1 barriers, 1024 bytes smem\n"
+    )
+    assert h200.said(words, 2048) == {"registers": 128, "spilled_bytes": 96, "shared_bytes": 3072}
+
+
+def test_each_case_of_an_h200_is_made_once():
+    found = list(h200.cases({"all": True}))
+    assert len(found) == len(set(found)) == 4 * 2 * 2 * (3 * 4 + 1)
+    one = list(h200.cases({"all": False, "width": 2304, "sources": 9, "reads": 6}))
+    assert [(case.backend, case.op, case.direction) for case in one] == [
+        (backend, op, direction)
+        for backend in h200.BACKENDS
+        for direction in h200.DIRECTIONS
+        for op in h200.OPS
+    ]
+
+
+def test_without_the_compiler_for_cuda(monkeypatch, capsys):
+    """One line that says what to install."""
+    monkeypatch.setattr(h200, "toolkit", lambda: None)
+    assert __main__.main(["bench", "roofline", "--chip=h200"]) == 2
+    error = capsys.readouterr().err
+    assert "they need no GPU" in error
+    assert error.count("\n") == 1

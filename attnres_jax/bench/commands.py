@@ -70,8 +70,11 @@ def _traffic(args):
 def _step_arguments(parser):
     add = parser.add_argument
     add("--config", required=True, metavar="CONFIG", help="as train takes it, also --config.KEY=VALUE")
-    text = "of the three arms, there and back (default 20)"
-    add("--rounds", type=whole, default=20, metavar="N", help=text)
+    add("--rounds", type=whole, default=20, metavar="N", help="of all arms, there and back (default 20)")
+    residuals = ("plain", "full", "block")
+    add("--arms", nargs="+", choices=residuals, default=residuals, help="beside plain (default: both)")
+    text = "of the reads over depth (default: chosen by device)"
+    add("--implementation", choices=("xla", "tpu", "gpu", "triton"), help=text)
     add("--out", metavar="FILE", help="JSON to write")
 
 
@@ -79,12 +82,13 @@ def _step(args):
     config = configs.load(args.config, args.overrides)
     from attnres_jax.bench import step
 
-    step.main(config, args.rounds, args.out)
+    step.main(config, args.rounds, args.out, args.arms, args.implementation)
 
 
 def _roofline_arguments(parser):
     add = parser.add_argument
-    add("--chip", choices=target.SLICES, help="TPU to compile for (default: each in turn)")
+    text = "to compile for (default: each TPU in turn)"
+    add("--chip", choices=[*target.SLICES, "h200"], help=text)
     add("--width", type=whole, default=2304, metavar="N", help="D (default 2304)")
     add("--sources", type=whole, default=9, metavar="N", help="R of Phase 1 (default 9)")
     add("--reads", type=whole, default=6, metavar="N", help="S of Phase 1 (default 6)")
@@ -93,9 +97,42 @@ def _roofline_arguments(parser):
 
 
 def _roofline(args):
-    from attnres_jax.bench import roofline
+    from attnres_jax.bench import h200, roofline
 
-    _exit(roofline.run(_plain(args)))
+    _exit((h200 if args.chip == "h200" else roofline).run(_plain(args)))
+
+
+def _kernels_arguments(parser):
+    add = parser.add_argument
+    several = {
+        "tokens": ([8192, 32768], "tokens, of each work"),
+        "width": ([2048, 7168], "D"),
+        "reads": ([6, 12], "S of a block and of Phase 1; the single read is always there"),
+    }
+    for name, (default, text) in several.items():
+        text += f" (default {' '.join(map(str, default))})"
+        add(f"--{name}", type=whole, nargs="+", default=default, metavar="N", help=text)
+    add("--sources", type=whole, default=8, metavar="N", help="n complete summaries (default 8)")
+    for name, (choices, text) in {
+        "tasks": (("block", "mix", "merge"), "what is timed"),
+        "arms": (
+            (
+                *("xla", "tpu", "gpu", "triton", "fla-core", "fla-core-gluon"),
+                *("fast-attnres", "flash-attn-res", "liger-kernel"),
+            ),
+            "ours and PyTorch's",
+        ),
+    }.items():
+        add(f"--{name}", nargs="+", choices=choices, default=list(choices), help=f"{text} (default: all)")
+    add("--rounds", type=whole, default=20, metavar="N", help="of all arms, there and back (default 20)")
+    add("--minutes", type=whole, metavar="N", help="after which no other work is begun (default: none)")
+    add("--out", metavar="FILE", help="JSON lines to add to; the table beside it, as FILE with .md")
+
+
+def _kernels(args):
+    from attnres_jax.bench import kernels
+
+    kernels.main(vars(args))
 
 
 def _plain(args):
@@ -108,13 +145,17 @@ def _exit(code):
 
 
 COMMANDS = {
+    "kernels": Command(
+        *(_kernels, _kernels_arguments),
+        "Time the depth kernels on the device at hand, beside PyTorch's, each checked first.",
+    ),
     "step": Command(
         *(_step, _step_arguments),
         "Time a train step of plain, Full and Block on the devices at hand, in turns.",
     ),
     "roofline": Command(
         *(_roofline, _roofline_arguments),
-        "Static cycles of the TPU kernels beside their DMA, compiled with no TPU.",
+        "What compilers say of the kernels, with no TPU or GPU: cycles beside DMA, or registers and spills.",
     ),
     "traffic": Command(
         *(_traffic, _traffic_arguments),

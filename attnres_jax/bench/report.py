@@ -7,7 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
+PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "flax", "jax-triton", "triton", "nvidia-cuda-nvcc"),
+    *("torch", "fla-core", "fast-attnres", "flash-attn-res", "liger-kernel"),
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,6 +37,19 @@ def commit() -> str:
         check=False,
     )
     return said.stdout.strip() or "unknown"
+
+
+def rows(file: Path | None) -> list[dict[str, Any]]:
+    """The JSON lines of a file, none where it is not there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+
+
+def append(row: dict[str, Any], file: Path | None) -> None:
+    """As one JSON line to a file, if there is one; its folder is made."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
 
 
 def write(report: dict[str, Any], name: str | None) -> None:

@@ -98,16 +98,13 @@ def main(words: list[str]) -> int:
         row = names | _measured(case, device, chip, Path(args["dumps"]))
         row |= {"versions": report.versions(), "commit": report.commit()}
         print(_line(row), flush=True)
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        report.append(row, out)
     return 0
 
 
 def _done(out):
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
     names = (*("chip", *Case._fields), "tokens", "dtype", "code")
+    rows = [row for row in report.rows(out) if row["chip"] in target.SLICES]
     return {json.dumps({name: row[name] for name in names}) for row in rows}
 
 

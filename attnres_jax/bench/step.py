@@ -5,23 +5,22 @@ state of its own in memory, all at once.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from attnres_jax import configs
-from attnres_jax.bench import report
+from attnres_jax.bench import report, turns
 from attnres_jax.configs import Config, UserError
 from attnres_jax.parallel import mesh
 from attnres_jax.train import step
 from attnres_jax.train.data import open_corpus
 
 ARMS = ("plain", "full", "block")
-WARM, BATCHES, RESAMPLES = 2, 4, 2000
-"""Untimed updates of each arm; batches that are taken in turn; draws of the bootstrap."""
+WARM, BATCHES = 2, 4
+"""Untimed updates of each arm; batches that are taken in turn."""
 
 
 class Arm(NamedTuple):
@@ -36,36 +35,30 @@ class Arm(NamedTuple):
     """Bytes beside them, at the peak."""
 
 
-def order(arms: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Round and arm, there and back in every round: A B C C B A, A B C C B A."""
-    for i in range(rounds):
-        yield from ((i, name) for name in (*arms, *reversed(arms)))
+def measure(
+    config: Config, rounds: int, names: Sequence[str] = ARMS, implementation: str | None = None
+) -> dict[str, Any]:
+    """Seconds of a step of every arm, and its ratio to plain round by round; plain is always one of them.
 
-
-def interval(ratios: Float[np.ndarray, " rounds"], seed: int = 0) -> tuple[float, float]:
-    """95 % of the medians of resampled rounds lie in it."""
-    drawn = np.random.default_rng(seed).choice(ratios, (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def measure(config: Config, rounds: int) -> dict[str, Any]:
-    """Seconds of a step of every arm, and its ratio to plain round by round."""
+    `implementation` names that of the reads over depth; None chooses (`choice.choose`).
+    """
+    names = ["plain", *(name for name in names if name != "plain")]
     if jax.process_count() > 1:
         raise UserError("bench step is for one process: its clock is that of one host")
     vocab = open_corpus(config.data.corpus).vocab
-    arms = {name: _arm(config, name, vocab) for name in ARMS}
-    for name in ARMS:
+    arms = {name: _arm(config, name, vocab, implementation) for name in names}
+    for name in names:
         for _ in range(WARM):
             arms[name], _ = _timed(arms[name], 0)
-    seconds = {name: np.zeros((rounds, 2)) for name in ARMS}
-    for at, (i, name) in enumerate(order(ARMS, rounds)):
-        arms[name], seconds[name][i, at // len(ARMS) % 2] = _timed(arms[name], i)
-    return {name: _summary(arms[name], seconds[name], seconds["plain"]) for name in ARMS}
+    seconds = {name: np.zeros((rounds, 2)) for name in names}
+    for at, (i, name) in enumerate(turns.order(names, rounds)):
+        arms[name], seconds[name][i, at // len(names) % 2] = _timed(arms[name], i)
+    return {name: _summary(arms[name], seconds[name], seconds["plain"]) for name in names}
 
 
-def _arm(config, residual, vocab):
-    run = step.programs(configs.from_flat(configs.to_flat(config) | {"residual": residual}), vocab)
+def _arm(config, residual, vocab, implementation):
+    config = configs.from_flat(configs.to_flat(config) | {"residual": residual})
+    run = step.programs(config, vocab, implementation=implementation)
     shape, rng = (config.data.batch, config.data.length + 1), np.random.default_rng(config.seed)
     tokens = [
         jax.device_put(rng.integers(vocab, size=shape, dtype=np.int32), run.place) for _ in range(BATCHES)
@@ -89,7 +82,7 @@ def _summary(arm, seconds, plain):
     return {
         "median_seconds": float(np.median(seconds)),
         "ratio_to_plain": float(np.median(ratios)),
-        "ratio_95_percent": interval(ratios),
+        "ratio_95_percent": turns.interval(ratios),
         "arguments_bytes": arm.arguments,
         "temporaries_bytes": arm.temporaries,
         "seconds": [[round(s, 7) for s in pair] for pair in seconds.tolist()],
@@ -107,11 +100,18 @@ def table(arms: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config, rounds: int, out: str | None) -> None:
+def main(
+    config: Config, rounds: int, out: str | None, names: Sequence[str], implementation: str | None
+) -> None:
     """Measure, print and write."""
-    arms = measure(config, rounds)
+    arms = measure(config, rounds, names, implementation)
     print(table(arms))
     devices = mesh.available()
     device = f"{len(devices)} x {devices[0].device_kind}"
-    whole = {"rounds": rounds, "config": configs.to_flat(config), "arms": arms}
+    whole = {
+        "rounds": rounds,
+        "implementation": implementation,
+        "config": configs.to_flat(config),
+        "arms": arms,
+    }
     report.write(report.provenance(device) | whole, out)

@@ -29,9 +29,10 @@ class Config(NamedTuple):
 def tpu_config(direction: str, D: int, dtype: DTypeLike, tokens: int) -> Config:
     """For a number of tokens that 128 divides; `ValueError` if D is too wide."""
     limit, cores = chip()
-    if (need := _vmem_bytes(direction, D, dtype)) > limit:
+    if (need := _vmem_bytes(direction, D, dtype, LANES)) > limit:
         raise ValueError(_too_wide(D, need, limit))
-    tile = next(t for t in TILES if tokens % t == 0 and (t == LANES or t * D <= ELEMENTS))
+    fits = (t for t in TILES if t * D <= ELEMENTS and _vmem_bytes(direction, D, dtype, t) <= limit)
+    tile = next((t for t in fits if tokens % (t * cores) == 0), LANES)
     steps = tokens // tile
     return Config(
         tile, TUNED.get((direction, D), CHUNK[direction]), cores if steps % cores == 0 else 1, limit
@@ -41,15 +42,13 @@ def tpu_config(direction: str, D: int, dtype: DTypeLike, tokens: int) -> Config:
 def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
     """Why this TPU cannot run the op in both directions, or None."""
     limit, _ = chip()
-    need = max(_vmem_bytes(direction, D, dtype) for direction in ARRAYS)
+    need = max(_vmem_bytes(direction, D, dtype, LANES) for direction in ARRAYS)
     return _too_wide(D, need, limit) if need > limit else None
 
 
-def _vmem_bytes(direction, D, dtype):
-    """Of the largest tile."""
-    elements = max(LANES * D, ELEMENTS)
-    sums = 5 * 4 * LANES * max(LANES, min(TILES[0], ELEMENTS // D))
-    return 2 * ARRAYS[direction] * elements * jnp.dtype(dtype).itemsize + sums + 128 * D + (1 << 20)
+def _vmem_bytes(direction, D, dtype, tile):
+    sums = 5 * 4 * tile * LANES
+    return 2 * ARRAYS[direction] * tile * D * jnp.dtype(dtype).itemsize + sums + 128 * D + (1 << 20)
 
 
 def _too_wide(D, need, limit):

@@ -252,3 +252,93 @@ def apply(
         tl.store(target[:, None] + c[None, :], z.to(d0.dtype.element_ty), mask=written)
     tl.store(dw + (start.to(tl.int64) * S + q[:, None]) * D + c[None, :], dw_sum,
              mask=(q < S)[:, None] & (c < D)[None, :])  # fmt: skip
+
+
+@triton.jit
+def one_forward(
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, w, seen, T, eps,
+    mixture, lse, logits, rstd,
+    R: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
+    N5: tl.constexpr, N6: tl.constexpr, N7: tl.constexpr, N8: tl.constexpr, N9: tl.constexpr,
+):  # fmt: skip
+    """One query, one token: rows come one after the other and are forgotten; the softmax is a running one."""
+    t, c = tl.program_id(0), tl.arange(0, BD)
+    wv = tl.load(w + c, mask=c < D, other=0.0)
+    out = tl.zeros([BD], tl.float32)
+    top = tl.full([], -float("inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    for step in tl.range(0, R, num_stages=STAGES):
+        i = tl.full([], 0, tl.int32) + step
+        source = addresses(
+            i, t, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, T, BYTES, D, N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+        )
+        live = tl.load(seen + i) != 0
+        v = tl.load(source + c, mask=c < tl.where(live, D, 0), other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(v * v) / D + eps)
+        score = tl.where(live, tl.sum(v * wv) * r, -float("inf"))  # the first row is always seen
+        at = t.to(tl.int64) * R + i
+        tl.store(logits + at, score)
+        tl.store(rstd + at, r)
+        higher = tl.maximum(top, score)
+        kept, e = tl.exp(top - higher), tl.exp(score - higher)
+        out, total, top = out * kept + e * v, total * kept + e, higher
+    tl.store(lse + t, top + tl.log(total))
+    tl.store(mixture + t.to(tl.int64) * D + c, (out / total).to(mixture.dtype.element_ty), mask=c < D)
+
+
+@triton.jit
+def one_backward(
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, d_mixture, d_lse, lse, logits, rstd, w, seen, T,
+    d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, dw,
+    R: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr, BD: tl.constexpr, NR: tl.constexpr,
+    STAGES: tl.constexpr, GIVEN: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
+    N5: tl.constexpr, N6: tl.constexpr, N7: tl.constexpr, N8: tl.constexpr, N9: tl.constexpr,
+):  # fmt: skip
+    """One query: a token's rows twice, then from the cache; dw leaves as one partial per program."""
+    start, c, rows = tl.program_id(0), tl.arange(0, BD), tl.arange(0, NR)
+    dw_sum = tl.zeros([BD], tl.float32)
+    for token in range(start, T, tl.num_programs(0)):
+        t = tl.full([], 0, tl.int32) + token
+        d = tl.load(d_mixture + t.to(tl.int64) * D + c, mask=c < D, other=0.0).to(tl.float32)
+        d_a = tl.zeros([NR], tl.float32)
+        for step in tl.range(0, R, num_stages=STAGES):
+            i = tl.full([], 0, tl.int32) + step
+            source = addresses(
+                i, t, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, T, BYTES, D,
+                N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+            )  # fmt: skip
+            live = tl.load(seen + i) != 0
+            v = tl.load(source + c, mask=c < tl.where(live, D, 0), other=0.0).to(tl.float32)
+            d_a = tl.where(rows == i, tl.sum(v * d), d_a)
+        at = t.to(tl.int64) * R + rows
+        score = tl.load(logits + at, mask=rows < R, other=-float("inf"))
+        a = tl.exp(score - tl.load(lse + t))
+        r = tl.load(rstd + at, mask=rows < R, other=0.0)
+        cs = a * (d_a - (tl.sum(a * d_a) - tl.load(d_lse + t))) * r
+        along = cs * tl.where(score > -float("inf"), score, 0.0) * r / D
+        for step in tl.range(0, R, num_stages=STAGES):
+            i = tl.full([], 0, tl.int32) + step
+            source = addresses(
+                i, t, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, T, BYTES, D,
+                N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+            )  # fmt: skip
+            target = addresses(
+                i, t, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, T, BYTES, D,
+                N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+            )  # fmt: skip
+            live = tl.load(seen + i) != 0
+            full = c < tl.where(live, D, 0)
+            v = tl.load(source + c, mask=full, other=0.0).to(tl.float32)
+            mine = rows == i
+            a_i, c_i = tl.sum(tl.where(mine, a, 0.0)), tl.sum(tl.where(mine, cs, 0.0))
+            wv = tl.load(w + c, mask=c < D, other=0.0)  # out of the cache: registers are scarcer
+            z = a_i * d + c_i * wv - tl.sum(tl.where(mine, along, 0.0)) * v
+            dw_sum += c_i * v
+            if GIVEN:
+                z += tl.load(target + c, mask=full, other=0.0).to(tl.float32)
+                tl.store(target + c, z.to(d0.dtype.element_ty), mask=full)
+            else:
+                tl.store(target + c, z.to(d0.dtype.element_ty), mask=c < D)
+    tl.store(dw + start.to(tl.int64) * D + c, dw_sum, mask=c < D)
