@@ -165,7 +165,7 @@ def _append_bwd(blocks, split, counts, residuals, cotangents):
     )
     d_xs, d_whole = (_restore_float0(d, _tangents(a)) for d, a in ((d_xs, xs), (d_whole, whole)))
     # New rows' own cotangents are used up.
-    return lax.optimization_barrier(d_rows[: counts[0]]), d_xs, d_whole, d_closed
+    return d_rows[: counts[0]], d_xs, d_whole, d_closed
 
 
 def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far, d_carry, d_ys):

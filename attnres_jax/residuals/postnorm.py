@@ -56,7 +56,8 @@ class DeepNorm(States):
 class Keel(DeepNorm):
     """`h <- Norm(a h + f(Norm h))`, `a = L` (arXiv 2601.19895): the inner norm is the sublayer's pre-norm.
 
-    L counts sublayers, each of which is a layer there too. Nothing starts smaller than elsewhere.
+    From table 5 of 2603.15031 and the abstract, the full text was not at hand: `a = L`, in sublayers, is
+    our choice. Nothing starts smaller than elsewhere.
     """
 
     prenorm: ClassVar = True
