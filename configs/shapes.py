@@ -29,7 +29,10 @@ class Shape(NamedTuple):
 
 
 def solve(
-    parameters: float, width_per_block: float, heads_per_block: float, mlp_per_width: float = 3.0
+    parameters: int | float,
+    width_per_block: int | float,
+    heads_per_block: int | float,
+    mlp_per_width: int | float = 3,
 ) -> Shape:
     """The shape of so many parameters (to TOLERANCE) whose D/L_b, H/L_b and F/D are nearest to those asked.
 

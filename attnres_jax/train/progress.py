@@ -42,7 +42,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar if there is one."""
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def each(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, each counted when it comes."""

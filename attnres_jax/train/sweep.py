@@ -2,7 +2,8 @@
 
 A finished run (eval.json is there) is left alone, an unfinished one goes on from its checkpoint. SIGTERM,
 SIGINT and SIGHUP are passed on as SIGTERM, on which a run saves and ends; a second one ends it at once. A
-run that fails does not stop the others. What a run says stands in log.txt of its folder.
+run that fails does not stop the others. What a run says stands in log.txt of its folder. A SIGKILL of the
+sweep itself leaves its processes running: let them end before the sweep goes on.
 """
 
 import contextlib
@@ -100,26 +101,35 @@ def run(made: Sequence[Job], at_once: int) -> str:
     done = {job.folder: job.step() for job in waiting}
     total = sum(job.steps - done[job.folder] for job in waiting)
     running: dict[Path, tuple[Job, subprocess.Popen]] = {}
+    passed = 0
     with _signals() as told, Progress("sweep", max(total, 1), "updates") as bar, _ended(running):
-        passed = 0
         while running or (waiting and not told):
             while waiting and not told and len(running) < at_once:
                 job = waiting.pop(0)
                 running[job.folder] = job, _start(job)
+            # Not from the handler: it may run between the start of a process and its entry in `running`.
             while passed < len(told):
+                _terminate(running)
                 passed += 1
-                for _, process in running.values():
-                    process.terminate()
             time.sleep(POLL)
-            for folder, (job, process) in list(running.items()):
-                code = process.poll()
-                step = job.step()
-                bar.add(step - done[folder])
-                done[folder] = step
-                if code is not None:
-                    del running[folder]
-                    bar.say(f"{folder}: {_outcome(job, code)}, {len(waiting) + len(running)} runs left")
+            for job, code in _looked(running, done, bar):
+                bar.say(f"{job.folder}: {_outcome(job, code)}, {len(waiting) + len(running)} runs left")
     return told[0] if told else ""
+
+
+def _looked(running, done, bar):
+    """Count new updates; those that have ended, and no longer run, with their exit codes."""
+    codes = {folder: process.poll() for folder, (_, process) in running.items()}
+    for folder, (job, _) in running.items():
+        before, done[folder] = done[folder], job.step()
+        bar.add(done[folder] - before)
+    ended = {folder: code for folder, code in codes.items() if code is not None}
+    return [(running.pop(folder)[0], code) for folder, code in ended.items()]
+
+
+def _terminate(running):
+    for _, process in running.values():
+        process.terminate()
 
 
 def _start(job):
@@ -164,7 +174,6 @@ def _ended(running) -> Iterator[None]:
     try:
         yield
     finally:
-        for _, process in running.values():
-            process.terminate()
+        _terminate(running)
         for _, process in running.values():
             process.wait()
