@@ -314,7 +314,7 @@ COMMANDS = {
     "sweep": Command(
         *(_sweep, _sweep_arguments),
         "Run a named list of runs in processes, or go on with it, and compare them.",
-        "table4 --config=quick --out=runs/table4 --seeds=1 --config.train.steps=100",
+        "table4 --config=quick --out=runs/table4 --config.train.steps=100",
     ),
     "scaling": Command(
         *(_scaling, _scaling_arguments),

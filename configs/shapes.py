@@ -12,6 +12,8 @@ from attnres_jax.configs.base import ConfigError
 
 TOLERANCE = 0.01
 """Of the parameters."""
+MISS = 0.3
+"""How far a ratio may be from the one asked for, as the logarithm of their quotient."""
 
 
 class Shape(NamedTuple):
@@ -41,17 +43,18 @@ def solve(
     """
     goal = (width_per_block, heads_per_block, mlp_per_width)
 
-    def distance(shape):
+    def misses(shape):
         ratios = (shape.width / shape.blocks, shape.heads / shape.blocks, shape.mlp_width / shape.width)
-        return sum(abs(math.log(ratio / wanted)) for ratio, wanted in zip(ratios, goal, strict=True))
+        return [abs(math.log(ratio / wanted)) for ratio, wanted in zip(ratios, goal, strict=True)]
 
-    found = [s for s in _near(parameters, *goal) if abs(s.parameters / parameters - 1) <= TOLERANCE]
+    equal = [s for s in _near(parameters, *goal) if abs(s.parameters / parameters - 1) <= TOLERANCE]
+    found = [shape for shape in equal if max(misses(shape)) <= MISS]
     if not found:
         raise ConfigError(
             f"no shape has {parameters:,.0f} parameters with D/L_b = {width_per_block:g} and heads/L_b = "
             f"{heads_per_block:g}: ask for more parameters, or for ratios nearer to 8 and 0.5"
         )
-    return min(found, key=distance)
+    return min(found, key=lambda shape: sum(misses(shape)))
 
 
 def _near(parameters, width_per_block, heads_per_block, mlp_per_width) -> Iterator[Shape]:
