@@ -221,7 +221,7 @@ def test_mistakes_end_in_one_line(words, message, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_sweep_is_killed_resumed_and_compared(tmp_path):
     """Two real runs: SIGTERM during the first one's updates, then the same command to the end."""
-    keys = cluster.TINY | {"train.steps": 300, "train.depth_every": 100, "train.eval_every": 300}
+    keys = cluster.TINY | {"train.steps": 100, "train.depth_every": 50, "train.eval_every": 100}
     keys = {key: value for key, value in keys.items() if key != "block_size"}
     overrides = [f"--config.{key}={value}" for key, value in keys.items()]
     code = (
@@ -238,10 +238,10 @@ def test_a_sweep_is_killed_resumed_and_compared(tmp_path):
     assert first.returncode == 0
     assert not (tmp_path / "s1-0/eval.json").exists()
     assert not (tmp_path / "s2-0").exists()
-    subprocess.run(words, env=cluster.environment(), cwd=cluster.ROOT, check=True, timeout=300)
+    subprocess.run(words, env=cluster.environment(), cwd=cluster.ROOT, check=True)
     text = (tmp_path / "comparison.md").read_text()
     assert "| block S=1 | 1 |" in text
     assert "| block S=2 | 1 |" in text
     steps = [row["step"] for row in workdir.read_rows(tmp_path / "s1-0") if row["kind"] == "train"]
-    assert steps == list(range(1, 301))  # none twice, none lost
+    assert steps == list(range(1, 101))  # none twice, none lost
     assert runs.points([tmp_path / "s1-0"], exact=False)[0].label == "block"
