@@ -1,4 +1,4 @@
-"""The command line: `python -m attnres_jax train|eval|sample|compare|inspect|data|bench`.
+"""The command line: `python -m attnres_jax train|eval|sample|compare|sweep|scaling|inspect|data|bench`.
 
 Each command imports what it needs when it runs, so that help and mistakes are answered at once. A
 mistake of the user's ends in one line and exit code 2; another exception is a bug, shown whole.
@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 
 from attnres_jax import configs
 from attnres_jax.configs.base import KEYS, Choice
+from attnres_jax.configs.sweeps import SWEEPS
 
 CONFIG = "NAME[:ARG] in the package (quick:block, lm:d12,block8), or FILE.py[:ARG]"
 
@@ -140,6 +141,55 @@ def _compare(args):
     runs.compare(args.workdirs, args.out)
 
 
+def _sweep_arguments(parser):
+    text = "; ".join(f"{name}: {sweep.purpose}" for name, sweep in SWEEPS.items())
+    parser.add_argument("name", choices=tuple(SWEEPS), help=text)
+    text = "folder of the runs, each in one of its own, and of the table at the end"
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=text)
+    text = f"what the rows change (default quick): {CONFIG}"
+    parser.add_argument("--config", default="quick", metavar="CONFIG", help=text)
+    text = "seeds of each row (default: the sweep's own)"
+    parser.add_argument("--seeds", type=_count, default=0, metavar="N", help=text)
+    text = "runs at once (default 1); they share the devices, nothing divides them"
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help=text)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+
+
+def _sweep(args):
+    chosen = SWEEPS[args.name]
+    from attnres_jax.train import sweep
+
+    made = sweep.jobs(chosen, args.config, args.overrides, args.seeds, args.out)
+    if args.dry_run:
+        sweep.show(made)
+    else:
+        sweep.sweep(made, args.jobs, args.out, chosen.sizes)
+
+
+def _scaling_arguments(parser):
+    parser.add_argument("workdirs", nargs="*", type=Path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--table2", action="store_true", help="the paper's Table 2 in place of runs")
+    text = "C: 6nd is 6 x active parameters x tokens, exact what inspect counts (default 6nd)"
+    parser.add_argument("--compute", choices=("6nd", "exact"), default="6nd", help=text)
+
+
+def _scaling(args):
+    if args.table2 == bool(args.workdirs):
+        raise UsageError("scaling takes folders of runs of three sizes or more, or --table2 in their place")
+    if args.table2 and args.compute != "6nd":
+        raise UsageError("--table2 has parameters and tokens only: its C is --compute=6nd")
+    if args.table2:
+        from attnres_jax.analysis import scaling
+
+        about = "The paper's own Table 2, refitted (`python -m attnres_jax scaling --table2 --out=DIR`)"
+        scaling.report(scaling.table2(), scaling.SIX, args.out, "table2", about)
+    else:
+        from attnres_jax.train import runs
+
+        runs.fit_scaling(args.workdirs, args.compute == "exact", args.out)
+
+
 def _inspect_arguments(parser):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="CONFIG", help=CONFIG)
@@ -242,6 +292,12 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1, such as 2")
+    return int(text)
+
+
 def _temperature(text: str) -> float:
     value = _real(text)
     if not 0 <= value < float("inf"):
@@ -290,6 +346,16 @@ COMMANDS = {
         *(_compare, _compare_arguments),
         "Compare finished runs: a table, loss curves, figures over depth.",
         "runs/plain runs/block --out=runs/comparison",
+    ),
+    "sweep": Command(
+        *(_sweep, _sweep_arguments),
+        "Run a named list of runs in processes, or go on with it, and compare them.",
+        "table4 --config=quick --out=runs/table4 --config.train.steps=100",
+    ),
+    "scaling": Command(
+        *(_scaling, _scaling_arguments),
+        "Fit loss against compute over finished runs of several sizes: exponents, compute advantage.",
+        "runs/scaling/* --out=runs/scaling-fit",
     ),
     "inspect": Command(
         *(_inspect, _inspect_arguments),

@@ -43,7 +43,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 
 def names() -> tuple[str, ...]:
     """The configs inside the package."""
-    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "shapes", "sweeps"))
 
 
 def model_config(config: Config, vocab: int) -> "attnres_jax.models.transformer.ModelConfig":

@@ -93,6 +93,7 @@ DECAYED = {
     "ddl": {"beta_weight", "value_weight"},
     "densenet": {"weight", "weight_out"},
     "mrla": {"query", "query_out", "key"},
+    "full_input_query": {"query_map", "query_map_out"},
 }
 
 

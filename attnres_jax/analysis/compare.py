@@ -18,6 +18,7 @@ from attnres_jax import configs, residuals
 from attnres_jax.analysis import figures
 from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.figures import Series
+from attnres_jax.analysis.statistics import Difference, difference
 
 BOOKKEEPING = (
     *(f"train.{key}_every" for key in ("log", "depth", "eval")),
@@ -77,7 +78,7 @@ class Summary(NamedTuple):
     steps: int
     tokens: int
     bits_per_byte: Spread
-    difference: Spread | None
+    difference: Difference | None
     """In bits per byte, to the first row, over common seeds; None for the first, or without any."""
     perplexity: Spread
     train_loss: Spread
@@ -104,6 +105,34 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         seeds[seed] = run
     members = [dict(sorted(seeds.items())) for seeds in found.values()]
     return [Group(label, runs) for label, runs in zip(_labels(members), members, strict=True)]
+
+
+def pair(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What two runs have in common that are a pair: everything but the scheme, the seed included.
+
+    Same seed, batch, length and text: same data in the same order.
+    """
+    return tuple(item for item in config.items() if item[0] not in {*configs.SCHEME_KEYS, *BOOKKEEPING})
+
+
+def scheme_labels(flat: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for the scheme of each flat config, over all sizes: with the keys it reads where a pair of runs
+    has the scheme's name twice, as Block with S = 2 and 4; else S may differ between sizes."""
+    names = [config["residual"] for config in flat]
+    twice = [names[at] for at in range(len(flat)) if _twin(flat, at)]
+    return [_switches(c) if name in twice else name for name, c in zip(names, flat, strict=True)]
+
+
+def _twin(flat, at):
+    same = [other for other in flat if pair(other) == pair(flat[at])]
+    return len({_switches(other) for other in same if other["residual"] == flat[at]["residual"]}) > 1
+
+
+def _switches(config):
+    """`block block_size=4, key_norm_eps=1e-06`: the name, and all that the scheme reads."""
+    read = residuals.SCHEMES[config["residual"]].reads
+    keys = [key for key, option in configs.SCHEME_KEYS.items() if option in read]
+    return " ".join([config["residual"], ", ".join(f"{key}={config[key]}" for key in keys)]).strip()
 
 
 def summaries(runs: Sequence[Run]) -> list[Summary]:
@@ -165,7 +194,9 @@ def report(runs: Sequence[Run], out: Path) -> None:
 
 LEGEND = """
 Several seeds: mean ± sample standard deviation. The difference is to the first row, in bits per
-byte, paired by seed (negative is better). Train loss: nats per token, mean of the last tenth of the
+byte, paired by seed (negative is better), then half its 95 % interval (Student's t), then the minimum
+detectable difference: the true one that so many seeds of that spread show with power 80 % at a
+two-sided level of 5 %; one seed has neither. Train loss: nats per token, mean of the last tenth of the
 logged steps. Speed: median. Held-out numbers are those of the evaluation after the last step.
 """
 
@@ -276,7 +307,7 @@ def _tokens(run):
 def _difference(group, baseline):
     common = [seed for seed in group.runs if seed in baseline.runs]
     bits = [[of.runs[seed].evaluation["bits_per_byte"] for seed in common] for of in (group, baseline)]
-    return _spread([a - b for a, b in zip(*bits, strict=True)]) if common else None
+    return difference([a - b for a, b in zip(*bits, strict=True)]) if common else None
 
 
 def _train_loss(run):
@@ -291,6 +322,7 @@ def _spread(values):
 
 def _cells(rows):
     header = ["scheme", "seeds", "param.", "steps", "tokens", "held-out bits/byte", "difference"]
+    header += ["95 % interval", "detectable at 80 %"]
     header += ["perplexity", "train loss", "tokens/s", "minutes"]
     return header, [
         [
@@ -300,7 +332,7 @@ def _cells(rows):
             f"{row.steps:,}",
             _short(row.tokens),
             _show(row.bits_per_byte, ".4f"),
-            _show(row.difference, "+.4f") if row.difference else "",
+            *_differences(row.difference),
             _show(row.perplexity, ".3f"),
             _show(row.train_loss, ".4f"),
             f"{row.tokens_per_s.mean:,.0f}",
@@ -315,6 +347,15 @@ def _show(spread, form):
     return mean if spread.deviation is None else f"{mean} ± {format(spread.deviation, form[-3:])}"
 
 
+def _differences(found):
+    """Three cells: mean and deviation, half the interval, minimum detectable difference."""
+    if found is None:
+        return "", "", ""
+    if found.deviation is None:
+        return _show(found, "+.4f"), "", ""
+    return _show(found, "+.4f"), f"± {found.half:.4f}", f"{found.detectable:.4f}"
+
+
 def _short(count):
     power = min(3, int(math.log10(max(count, 1)) // 3))
     return f"{count / 1000**power:.4g}{('', 'k', 'M', 'G')[power]}"
@@ -322,7 +363,7 @@ def _short(count):
 
 def _json(runs, notes):
     rows = [
-        {key: v._asdict() if isinstance(v, Spread) else v for key, v in row._asdict().items()}
+        {key: v._asdict() if isinstance(v, Spread | Difference) else v for key, v in row._asdict().items()}
         for row in summaries(runs)
     ]
     each = [{"name": run.name, "config": run.config, "eval": run.evaluation} for run in runs]

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from attnres_jax.schedule import BlockSchedule
 
@@ -74,7 +74,7 @@ def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]
         _lines(axes, lines, linewidth=1.6, marker="o" if last <= 24 else "", markersize=3)
         axes.set(xlabel="sublayer", yscale="log", xlim=(0.5, last + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-        _plain_log_ticks(axes)
+        _plain_log_ticks(axes.yaxis)
     left.set(title="Output of each sublayer", ylabel="RMS over tokens and channels")
     right.set(title="Parameter gradient of each sublayer", ylabel="L2 norm (nats / token)")
     left.legend(frameon=False)
@@ -126,6 +126,20 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
     return figure
 
 
+def scaling_laws(points: Sequence[Series], lines: Sequence[Series], definition: str, unit: str) -> Figure:
+    """Loss against compute on logarithmic axes; a line's label is its scheme's, then its formula."""
+    figure = blank(7.0, 5.0)
+    axes = figure.subplots()
+    _lines(axes, lines, linewidth=1.6)
+    _dots(axes, points)
+    axes.set(xscale="log", yscale="log", xlabel=f"compute C ({unit})", ylabel="held-out loss (nats / token)")
+    axes.set_title(definition, fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_log_ticks(axis)
+    axes.legend(frameon=False)
+    return figure
+
+
 def blank(
     width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Figure:
@@ -167,12 +181,16 @@ def _clean(axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain_log_ticks(axes):
-    """Numbers rather than powers of ten: 1, 2, 5 of each decade, or all if there is about one."""
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 6 else range(1, 10)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def _plain_log_ticks(axis):
+    """Numbers rather than powers of ten: 1, 2, 5 of each decade, or more where there is less than one."""
+    low, high = axis.get_view_interval()
+    if high / low < 2:
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 6 else range(1, 10)))
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _by_source(weights, schedule: BlockSchedule):

@@ -61,6 +61,11 @@ def totals(table: Iterable[Parameter]) -> dict[str, int]:
     return counts
 
 
+def active(config: ModelConfig) -> int:
+    """Parameters that a token uses in its sublayers: all but embedding and head, which 6ND leaves out."""
+    return sum(_count(p) for p in parameters(config) if p.group not in ("embedding", "head"))
+
+
 def cost(config: ModelConfig, length: int) -> Cost:
     """Parameters, FLOPs and bytes of a model on sequences of `length` tokens."""
     counts = totals(parameters(config))

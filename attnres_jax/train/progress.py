@@ -40,6 +40,10 @@ class Progress:
             self._console.print(line, markup=False, highlight=False)
         self._said = tenth
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def each(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, each counted when it comes."""
         for item in items:

@@ -1,4 +1,4 @@
-"""Finished runs, read back from their workdirs for `analysis.compare`."""
+"""Finished runs, read back from their workdirs for `analysis.compare` and `analysis.scaling`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 
 from attnres_jax import configs
 from attnres_jax.analysis import compare as comparison
+from attnres_jax.analysis import inspect, scaling
 from attnres_jax.analysis.dynamics import depth_statistics
 from attnres_jax.analysis.matrix import diagonal, one_token
 from attnres_jax.models.table import parameter_table
@@ -28,11 +29,44 @@ def compare(workdirs: Sequence[Path], out: Path) -> None:
         raise RunError(str(error)) from None
 
 
+def fit_scaling(workdirs: Sequence[Path], exact: bool, out: Path) -> None:
+    """Print and write the scaling laws of the runs in `workdirs`; `exact` counts all FLOPs."""
+    definition = scaling.EXACT if exact else scaling.SIX
+    try:
+        curves = scaling.paired(points(workdirs, exact))
+        scaling.report(curves, definition, out, "scaling", "Scaling laws")
+    except scaling.NotFitted as error:
+        raise RunError(str(error)) from None
+
+
+def points(workdirs: Sequence[Path], exact: bool) -> list[scaling.Point]:
+    """Compute and held-out loss of finished runs; no model is restored."""
+    configs_ = [configs.to_flat(load_config(workdir)) for workdir in workdirs]
+    labels = comparison.scheme_labels(configs_)
+    return [
+        scaling.Point(label, comparison.pair(config), _compute(config, exact), _evaluation(workdir)["loss"])
+        for label, config, workdir in zip(labels, configs_, workdirs, strict=True)
+    ]
+
+
+def _compute(flat, exact):
+    """FLOPs of a run, as `analysis.scaling` defines them."""
+    config = configs.from_flat(flat)
+    model = configs.model_config(config, open_corpus(config.data.corpus).vocab)
+    tokens = config.train.steps * config.data.batch * config.data.length
+    if exact:
+        return float(inspect.cost(model, config.data.length).training_flops * tokens)
+    return float(6 * inspect.active(model) * tokens)
+
+
+def _evaluation(workdir):
+    return read_json(workdir, EVALUATION, "is not finished; the same train command continues it: --workdir")
+
+
 def read(workdir: Path) -> comparison.Run:
     """A finished run: its rows, its evaluation, and its last model looked at on held-out tokens."""
     config = load_config(workdir)
-    unfinished = "is not finished; the same train command continues it: --workdir"
-    evaluation = read_json(workdir, EVALUATION, unfinished)
+    evaluation = _evaluation(workdir)
     rows = read_rows(workdir)
     model = checkpoint.load_run(workdir).model
     statistics, matrix = _look(model, config)

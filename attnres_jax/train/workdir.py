@@ -25,21 +25,27 @@ class RunError(configs.UserError):
 
 def claim(workdir: Path, config: Config) -> None:
     """Make `workdir` the folder of this run; raise `RunError` if it is another's."""
-    wanted, held = configs.to_flat(config), {}
-    if (workdir / CONFIG).is_file():
-        held = configs.to_flat(load_config(workdir))
-        for key in wanted:
-            if held[key] != wanted[key] and key not in BOOKKEEPING:
-                raise RunError(
-                    f"{workdir} holds a run with {key} = {held[key]!r}, not {wanted[key]!r}: "
-                    "take another --workdir, or train with the config it was made with"
-                )
+    wanted, held = configs.to_flat(config), check(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if processes.first() and held != wanted:
             write_json(workdir / CONFIG, wanted)
     except OSError as error:
         raise RunError(f"{workdir} cannot be written ({error.strerror}): take another --workdir") from None
+
+
+def check(workdir: Path, config: Config) -> dict[str, Any]:
+    """The flat config of the run in `workdir`, empty if there is none; `RunError` if it is another's."""
+    if not (workdir / CONFIG).is_file():
+        return {}
+    wanted, held = configs.to_flat(config), configs.to_flat(load_config(workdir))
+    for key in wanted:
+        if held[key] != wanted[key] and key not in BOOKKEEPING:
+            raise RunError(
+                f"{workdir} holds a run with {key} = {held[key]!r}, not {wanted[key]!r}: "
+                "take another folder, or train with the config it was made with"
+            )
+    return held
 
 
 def finished(workdir: Path, step: int, steps: int) -> bool:
