@@ -213,6 +213,8 @@ def _pipeline(text):
 
 
 def _inspect(args):
+    if args.pipeline and args.devices:
+        raise configs.UserError("--devices does not go with --pipeline, which counts stages")
     if args.out and not args.pipeline:
         raise configs.UserError("--out goes with --pipeline: what is printed without it has no figure")
     if args.config:
@@ -245,6 +247,10 @@ def _inspect_pipeline(config, counts, out):
     from attnres_jax.parallel.timetable import Chunks, Timetable
 
     scheme, sublayers = configs.model_config(config, 1).scheme, 2 * config.model.blocks
+    if not scheme.append_only:
+        raise configs.UserError(
+            f"residual {config.residual!r} keeps no summaries: its streams would travel whole"
+        )
     try:
         chunks = Chunks(sublayers, scheme.schedule(sublayers).block_size, stages, virtual_stages)
         pipeline.report(chunks, Timetable(stages, virtual_stages, microbatches), out)

@@ -259,6 +259,18 @@ def _take_bwd(j, cotangents):
 take.defvjp(lambda tree, j: (take(tree, j), j), _take_bwd)
 
 
+def taking(key: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` as `Block` takes it: its second input is a place in `whole[key]`, from where it has its own."""
+
+    def run(shared, carry, inputs, row):
+        (opened, whole), (first, place) = shared, inputs
+        own, rest = take(whole[key], place)
+        opened, carry, y = step(opened, carry, (first, own), row)
+        return (opened, whole | {key: rest}), carry, y
+
+    return run
+
+
 def _tangents(tree):
     return jax.tree.map(_tangent_aval, tree)
 

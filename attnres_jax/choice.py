@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from attnres_jax.placement import Placement, platform
 
-IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "triton")
+KERNELS = ("tpu", "gpu", "triton")
+IMPLEMENTATIONS = ("reference", "xla", *KERNELS)
 
 
 class Choice(NamedTuple):
@@ -35,9 +36,7 @@ def choose(
       dtype, refusal: of the sources, and what the TPU kernel has against their shape (raised, if named).
       unfit: what every kernel has against the call.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        names = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
+    refuse(implementation, unfit)
     target = platform(placement)
     if implementation is None and target == "tpu" and not _alone(placement):
         return Choice("reference", "jnp, compiled by XLA: kernels on several devices need a placement")
@@ -56,6 +55,15 @@ def choose(
     if implementation:
         return Choice(implementation, "named by the caller")
     return Choice("reference", problem) if problem else Choice("tpu", "Pallas kernels, on TPU")
+
+
+def refuse(implementation: str | None, unfit: str | None) -> None:
+    """Raises `ValueError` for a name that is none, or of a kernel where none fits, and why."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
+    if unfit and implementation in KERNELS:
+        raise ValueError(f"implementation {implementation!r}: {unfit}")
 
 
 def _alone(placement):

@@ -28,11 +28,10 @@ class Rows(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """A finished read: the mixture and the weight of each source."""
+    """A finished read: the mixture, and the weight of each source (with heads, H at the end)."""
 
     mixture: Float[Array, "*tokens D"]
     weights: Float[Array, "R ..."]
-    """[R, *tokens], with heads [R, *tokens, H]."""
 
 
 class Partial(NamedTuple):
@@ -85,8 +84,7 @@ def single(w: Float[Array, " K"], v: Float[Array, "*tokens D"], rule: Rule, logi
 def merge(a: Partial, b: Partial, rule: Rule = RULE) -> Partial:
     """Phase 2: the read over the sources of both. Commutes; an empty side has lse = -inf, or is zero."""
     dtype, width = a.mixture.dtype, a.mixture.shape[-1]
-    wide = compute_dtype(dtype)
-    first, second = a.mixture.astype(wide), b.mixture.astype(wide)
+    first, second = (part.mixture.astype(compute_dtype(dtype)) for part in (a, b))
     if a.lse is None or b.lse is None:  # weights of a source that do not depend on the others
         return Partial((first + second).astype(dtype), None)
     weights = per_channel(jax.nn.softmax(jnp.stack([a.lse, b.lse]), axis=0), width, rule)

@@ -16,7 +16,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from attnres_jax.autodiff import Block, append_scan, reverse_only, take
+from attnres_jax.autodiff import Block, append_scan, reverse_only, taking
+from attnres_jax.choice import refuse
 from attnres_jax.depth import Rows
 from attnres_jax.placement import Placement
 from attnres_jax.residuals.base import Mix, Norm, PyTree, Scheme
@@ -98,6 +99,7 @@ def through_depth(
     """
     check_layers(kinds, layers)
     check_mix(scheme, mix, len(kinds), x)
+    refuse(implementation, scheme.no_kernel if mix.sublayers else None)
     scheme = replace(scheme, implementation=implementation, placement=placement)
     if placement:
         x, layers = placement.leave(x), {k: _placed(layer, placement) for k, layer in layers.items()}
@@ -165,21 +167,9 @@ def _sublayer(scheme, layer):
     return step
 
 
-def _indexed(kind, step):
-    """`step` as `autodiff.Block` takes it: its own is a place in the shares of all layers of the kind."""
-
-    def taking(shared, stream, own, row):
-        (history, whole), (slot, place) = shared, own
-        share, rest = take(whole[kind], place)
-        history, stream, aux = step(history, stream, (slot, share), row)
-        return (history, whole | {kind: rest}), stream, aux
-
-    return taking
-
-
 def _repeat(scheme, steps, blocks, reps, policy, own, history):
     """`reps` times the same blocks over an append-only history: one body, one array of rows."""
-    steps = {k: _checkpoint(_indexed(k, step), policy) for k, step in steps.items()}
+    steps = {k: jax.checkpoint(taking(k, s), policy=policy, prevent_cse=False) for k, s in steps.items()}
     mix, shares = own
     places = {k: jnp.arange("".join(blocks).count(k) * reps) for k in shares}
 
@@ -205,7 +195,7 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     """A block as it is. Sliced inside the checkpoint, so that no copy of the parameters is kept; what an
     append-only history already held is not an output, or it would be kept twice."""
     held = len(history) if scheme.append_only else 0
-    steps = {k: _checkpoint(step, policy) for k, step in steps.items()}
+    steps = {k: jax.checkpoint(step, policy=policy, prevent_cse=False) for k, step in steps.items()}
 
     def block(history, whole):
         mix, shares = own(whole)
@@ -217,10 +207,6 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     policy = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
     after, aux = jax.checkpoint(block, policy=policy)(history, whole)
     return (*history, *after) if held else after, aux
-
-
-def _checkpoint(step, policy):
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
 def _sublayers(steps, kinds, history, stream, own):

@@ -396,9 +396,18 @@ def to_flat(config: Config) -> dict[str, Any]:
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
-    """The locked, checked config that `to_flat` came from."""
+    """The locked, checked config that `to_flat` came from.
+
+    Keys of other residual schemes than its own may be missing: the run may be older than they are.
+    """
+    flat = _idle(flat.get("residual")) | dict(flat)
     _check_flat(flat)
     return _nested(flat)
+
+
+def _idle(residual):
+    read = SCHEMES[residual].reads if residual in SCHEMES else SCHEME_KEYS.values()
+    return {key: KEYS[key].default for key, option in SCHEME_KEYS.items() if option and option not in read}
 
 
 def choose(what: str, name: str, legal: Iterable[str]) -> str:

@@ -149,11 +149,12 @@ def test_a_process_for_each_chip(monkeypatch):
     assert len({flags for _, flags in seen}) == 4
 
 
+@pytest.mark.parametrize("N", [4, 9])  # groups of 16 and of 8 tokens
 @pytest.mark.parametrize("kernel", roofline.KERNELS)
-def test_what_a_program_is_charged_is_what_the_grids_move(kernel, monkeypatch):
+def test_what_a_program_is_charged_is_what_the_grids_move(kernel, N, monkeypatch):
     """A step's mean over n = 1 .. N, or over the S reads of a block, of which the first has no sum."""
     monkeypatch.setattr(roofline, "TOKENS", 4096)
-    N, S = 4, 3
+    S = 3
     case = roofline.Case(kernel, 256, N + 1, S)
     counted = jax.ShapeDtypeStruct((), "int32")
     function, arguments = (

@@ -269,3 +269,17 @@ def test_a_config_file_outside_the_package(tmp_path):
     )
     with pytest.raises(configs.ConfigError, match=r"optim.lr = -1.0 is not legal"):
         configs.load(str(file))
+
+
+def test_a_run_older_than_the_keys_of_other_schemes():
+    """They may be missing, with their defaults in their place; a key that is read may not."""
+    flat = configs.to_flat(configs.load("quick:block"))
+    old = {
+        key: value
+        for key, value in flat.items()
+        if key not in ("streams", "sinkhorn", "window", "depth_heads")
+    }
+    assert configs.to_flat(configs.from_flat(old)) == flat
+    del old["block_size"]
+    with pytest.raises(configs.ConfigError, match="block_size"):
+        configs.from_flat(old)

@@ -32,6 +32,15 @@ def test_parameters_are_the_models(residual, tied):
     assert counts["matrix"] == 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80)
 
 
+def test_queries_of_the_input_are_counted():
+    """One D x D product a read, and a read a sublayer of all its sources."""
+    full, asked = (
+        inspect.cost(replace(SMALL, residual=name), LENGTH) for name in ("full", "full_input_query")
+    )
+    assert asked.depth_flops - full.depth_flops == 2 * 7 * 32 * 32
+    assert asked.residual_bytes == 4 * 32 * (sum(range(1, 7)) / 6 + 2)
+
+
 def test_nothing_is_allocated():
     huge = replace(SMALL, vocab=10**6, blocks=500, width=2**14, mlp_width=2**16)
     assert inspect.cost(huge, 8).parameters > 10**12

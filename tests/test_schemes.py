@@ -138,6 +138,18 @@ def test_parameters_are_declared(name):
     assert all(len(leaf) == 6 for leaf in mix.sublayers.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("denseformer", "jnp"), ("hc", "jnp"), ("full_input_query", "input")]
+)
+def test_a_kernel_where_there_is_none_is_refused(name, said):
+    scheme = make(name)
+    toy = toys.cast(drawn(scheme, B=1, T=2), "float32")
+    with pytest.raises(ValueError, match=f"implementation 'tpu'.*{said}"):
+        toys.run(scheme, KINDS, toy, implementation="tpu")
+    with pytest.raises(ValueError, match="must be None or one of"):
+        toys.run(scheme, KINDS, toy, implementation="tqu")
+
+
 def test_a_scheme_of_another_depth_is_refused():
     with pytest.raises(ValueError, match="made for 6 sublayers, not 7"):
         make("keel", 6).schedule(7)

@@ -212,6 +212,8 @@ def test_inspected(tmp_path, capsys):
         (("--pipeline=4x2",), "such as 4x2x8"),
         (("--pipeline=16x2x32",), "12 transformer blocks cannot fill 32 chunks"),
         (("--out=a.png",), "--out goes with --pipeline"),
+        (("--pipeline=4x2x8", "--devices=4"), "--devices does not go with --pipeline"),
+        (("--pipeline=4x2x8", "--config.residual=hc"), "keeps no summaries"),
     ],
 )
 def test_inspected_in_vain(more, said, capsys):

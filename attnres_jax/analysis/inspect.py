@@ -23,6 +23,7 @@ from rich.table import Table
 from attnres_jax.models.table import Parameter, parameter_table
 from attnres_jax.models.transformer import ModelConfig, abstract
 from attnres_jax.residuals import AttnRes, Plain
+from attnres_jax.residuals.ablations import InputQuery
 from attnres_jax.residuals.states import States
 from attnres_jax.stack import Layer, through_depth
 
@@ -91,7 +92,8 @@ def _depth_flops(config):
     if isinstance(config.scheme, Plain):
         return 0
     if isinstance(config.scheme, AttnRes):
-        return 6 * config.width * sum(config.scheme.schedule(config.sublayers).counts)
+        asked = 2 * totals(parameters(config)).get("projection", 0)  # queries made of the input
+        return asked + 6 * config.width * sum(config.scheme.schedule(config.sublayers).counts)
     return _counted(config.scheme, config.sublayers, config.width)
 
 
@@ -110,12 +112,15 @@ def _counted(scheme, sublayers, width):
 
 def _residual_bytes(config):
     """Table 1: 3D of one state, (8m+2)D + 2m^2 + 4m of m states, as of mHC's; (S+N)D for Full, dispatch
-    unit S = 1, and for what else reads every source; (N/S+5)D for Block."""
+    unit S = 1, and for what else reads every source; (N/S+5)D for Block. Reads in one phase: R sources, the
+    stream and a write."""
     schedule = config.scheme.schedule(config.sublayers)
     size, number, D = schedule.block_size, len(schedule.sizes), config.width
     if isinstance(config.scheme, Plain | States):
         m = getattr(config.scheme, "streams", 1)
         elements = 3 * D if m == 1 else (8 * m + 2) * D + 2 * m * m + 4 * m
+    elif isinstance(config.scheme, InputQuery):
+        elements = (sum(schedule.counts[:-1]) / config.sublayers + 2) * D
     else:
         elements = (size + number if size == 1 else number / size + 5) * D
     return float(elements * np.dtype(config.dtype).itemsize)

@@ -59,12 +59,27 @@ def _fla(torch: Any, gluon: bool = False) -> Peer:
     ):
         raise Unsupported("its Gluon backend is not available")
 
+    ones = _ones(torch)
+
     def read(w, sources, scale=None):
         os.environ["FLA_ATTNRES_GLUON"] = str(int(gluon))  # how it is chosen, read at each call
         how = {"output_rms_weight": scale, "rms_eps": EPS, "checkpoint_level": 0}  # its faster backward
-        return fused(w, sources, torch.ones_like(w), **how)
+        return fused(w, sources, ones(w), **how)
 
     return Peer(read, _norm(torch), normed=read)
+
+
+def _ones(torch: Any) -> Callable[[Any], Any]:
+    """A key scale like `w`, made once and not in each timed call."""
+    made: dict[Any, Any] = {}
+
+    def like(w):
+        key = w.shape, w.dtype, w.device
+        if key not in made:
+            made[key] = torch.ones_like(w)
+        return made[key]
+
+    return like
 
 
 def _fast(torch: Any) -> Peer:
@@ -101,9 +116,11 @@ def _flash(torch: Any) -> Peer:
 def _liger(torch: Any) -> Peer:
     read = importlib.import_module("liger_kernel.transformers.functional").liger_attn_res
 
+    ones = _ones(torch)
+
     def one(w, sources):
         sources = sources if torch.is_tensor(sources) else torch.stack(sources)
-        return read(sources[:, None], w, torch.ones_like(w), eps=EPS)[0]
+        return read(sources[:, None], w, ones(w), eps=EPS)[0]
 
     return Peer(one, _norm(torch), whole=True)
 

@@ -41,7 +41,7 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What must be read or written at least, small fp32 statistics aside: every array once."""
+        """Read or written, small fp32 statistics aside: every array once, a block in two phases."""
         n, s = self.sources, self.reads
         rows = {
             "mix": (n + s, 2 * n + s),

@@ -27,6 +27,10 @@ class Biased(AttnRes):
     recency: float = 0.0
     axes: ClassVar = {"logits": "LR"}
 
+    @property
+    def no_kernel(self):
+        return "its scores have static logits, which kernels do not take"
+
     def init(self, sublayers, width):
         made = super().init(sublayers, width)
         logits = jnp.asarray(-self.recency * _ages(self.schedule(sublayers).counts), jnp.float32)
@@ -120,6 +124,10 @@ class InputQuery(AttnRes):
     """
 
     axes: ClassVar = {"query_map": "LD>K"}
+
+    @property
+    def no_kernel(self):
+        return "its queries depend on the input, which kernels do not take"
 
     def init(self, sublayers, width):
         keys, made = self.key_width or width, super().init(sublayers, width)

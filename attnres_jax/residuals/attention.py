@@ -15,7 +15,7 @@ from attnres_jax.autodiff import Once, take
 from attnres_jax.axes import compute_dtype
 from attnres_jax.norm import RMSNorm
 from attnres_jax.residuals.base import Mix, Read, Scheme, append
-from attnres_jax.rules import Rule
+from attnres_jax.rules import Rule, no_kernel
 from attnres_jax.schedule import BlockSchedule
 
 
@@ -55,6 +55,10 @@ class AttnRes(Scheme):
     def rule(self) -> Rule:
         """How reads weigh their sources."""
         return Rule(self.eps, self.activation, self.key_norm, self.heads, self.key_width)
+
+    @property
+    def no_kernel(self) -> str | None:
+        return no_kernel(self.rule, None)
 
     def literal(self):
         return replace(self, two_phase=False)

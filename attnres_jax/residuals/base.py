@@ -1,7 +1,6 @@
 """Depth mixing as a value with seven verbs: start, open, begin, read, write, close, finish.
 
-A scheme is a small static object; no verb takes a layer index. A history lives across blocks, a stream
-inside one.
+A scheme is static; no verb takes a layer index. A history lives across blocks, a stream inside one.
 """
 
 from abc import ABC, abstractmethod
@@ -64,6 +63,11 @@ class Scheme(ABC):
     """Parameters as rows of models/table.py: "LD", or "LD>m": a matrix, which decays. No L at the output."""
     matrices: ClassVar[bool] = False
     """Entries of M are D x D: only `apply` gives them."""
+
+    @property
+    def no_kernel(self) -> str | None:
+        """Why no kernel runs its reads, or None."""
+        return "its reads are jnp, compiled by XLA"
 
     def literal(self) -> "Scheme":
         """The same scheme with every read as its equation is written."""

@@ -140,7 +140,9 @@ def _announcement(folder, config, state, run):
     read = residuals.SCHEMES[config.residual].reads
     size = f" of S = {config.block_size}" if "block_size" in read else ""
     ran, devices = (
-        choice.choose(None, placement(run.mesh), jnp.dtype(run.model.dtype)),
+        choice.choose(
+            None, placement(run.mesh), jnp.dtype(run.model.dtype), unfit=run.model.scheme.no_kernel
+        ),
         run.mesh.devices.ravel(),
     )
     axes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
