@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import oracle
 import pytest
 import toys
 from flax import nnx
@@ -41,15 +40,15 @@ def one_update(shape, name):
 
 @pytest.mark.parametrize("name", NEW)
 def test_eight_devices_are_one(name):
-    """Streams and histories included: the loss and every gradient."""
+    """Streams and histories included: the loss and every gradient, beside its own size and all gradients'."""
     (loss, gradient), (wanted_loss, wanted) = one_update((2, 2, 2), name), one_update((1, 1, 1), name)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     assert gradient.keys() == wanted.keys()
+    sizes = {path: np.linalg.norm(leaf.ravel()) for path, leaf in wanted.items()}
+    whole = np.linalg.norm(list(sizes.values()))
     for path, leaf in wanted.items():
-        if leaf.any():
-            oracle.assert_close({path: gradient[path]}, {path: leaf}, 2e-5)
-        else:
-            assert not gradient[path].any()
+        off = np.linalg.norm((gradient[path] - leaf).ravel())
+        assert off <= 4e-5 * sizes[path] + 1e-7 * whole * (sizes[path] > 0), (path, off, sizes[path], whole)
 
 
 @pytest.mark.parametrize("name", NEW)

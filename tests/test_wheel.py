@@ -62,7 +62,7 @@ def outside(wheel, tmp_path_factory):
 
 
 def test_contents(wheel):
-    """Every module, the novels and where they come from, the licence; nothing else."""
+    """Every module, the novels and where they come from, what an H200 is, the licence; nothing else."""
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     modules = {"/".join(("attnres_jax", *parts)) + ".py" for _, parts in test_layout.package_files()}
@@ -70,7 +70,7 @@ def test_contents(wheel):
     novels = {f"{name}.txt.xz" for name in (*TRAIN_NOVELS, *HELDOUT_NOVELS)}
     data = {f"attnres_jax/train/austen/{name}" for name in novels | {"README.md"}}
     assert len(novels) == 6
-    assert names == modules | data | {"attnres_jax/py.typed"}
+    assert names == modules | data | {"attnres_jax/py.typed", "attnres_jax/bench/h200.txtpb"}
 
 
 def test_metadata(wheel):
