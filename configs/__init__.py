@@ -18,6 +18,7 @@ from attnres_jax.configs.base import (
     check,
     choose,
     from_flat,
+    of_run,
     set_text,
     to_flat,
 )
@@ -78,5 +79,6 @@ __all__ = [
     "load",
     "model_config",
     "names",
+    "of_run",
     "to_flat",
 ]

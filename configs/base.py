@@ -396,18 +396,17 @@ def to_flat(config: Config) -> dict[str, Any]:
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
-    """The locked, checked config that `to_flat` came from.
-
-    Keys of other residual schemes than its own may be missing: the run may be older than they are.
-    """
-    flat = _idle(flat.get("residual")) | dict(flat)
+    """The locked, checked config that `to_flat` came from."""
     _check_flat(flat)
     return _nested(flat)
 
 
-def _idle(residual):
+def of_run(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's flat config, whole: it may be older than the keys of other residual schemes than its own."""
+    residual = flat.get("residual")
     read = SCHEMES[residual].reads if residual in SCHEMES else SCHEME_KEYS.values()
-    return {key: KEYS[key].default for key, option in SCHEME_KEYS.items() if option and option not in read}
+    idle = {key: KEYS[key].default for key, option in SCHEME_KEYS.items() if option and option not in read}
+    return idle | dict(flat)
 
 
 def choose(what: str, name: str, legal: Iterable[str]) -> str:

@@ -279,7 +279,7 @@ def test_a_run_older_than_the_keys_of_other_schemes():
         for key, value in flat.items()
         if key not in ("streams", "sinkhorn", "window", "depth_heads")
     }
-    assert configs.to_flat(configs.from_flat(old)) == flat
+    assert configs.of_run(old) == flat
     del old["block_size"]
     with pytest.raises(configs.ConfigError, match="block_size"):
-        configs.from_flat(old)
+        configs.from_flat(configs.of_run(old))

@@ -74,7 +74,8 @@ def disk(workdir: Path) -> Iterator[None]:
 
 def load_config(workdir: Path) -> Config:
     """The config that `workdir` was trained with."""
-    return configs.from_flat(read_json(workdir, CONFIG, "is not a run; make one with train --workdir"))
+    flat = read_json(workdir, CONFIG, "is not a run; make one with train --workdir")
+    return configs.from_flat(configs.of_run(flat))
 
 
 def read_json(workdir: Path, name: str, without: str) -> dict[str, Any]:
