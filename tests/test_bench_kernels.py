@@ -192,6 +192,6 @@ def test_roofline_end_to_end(tmp_path):
     by = {row["kernel"]: row for row in rows}
     array = 8192 * 256 * 2
     assert by["depth_mix_forward"]["read_bytes"] == pytest.approx(2 * array, rel=0.05)
-    stats = 8192 // 16 * (8 + 8) * 128 * 4  # scores and rstd of 16 tokens, large beside so narrow an array
-    assert by["depth_mix_forward"]["written_bytes"] == pytest.approx(2 * array + stats, rel=0.1)
+    stats = 8192 // 64 * 8 * 128 * 4 + 8 * 8192 * 4  # scores and rstd of 64 tokens, and lse
+    assert by["depth_mix_forward"]["written_bytes"] == pytest.approx(2 * array + stats, rel=0.02)
     assert by["depth_merge_forward"]["read_bytes"] == pytest.approx(2 * array, rel=0.1)
