@@ -226,8 +226,7 @@ def _fresh(shared, d_rows):
     def start(node):
         if isinstance(node, Once):
             return _unwritten(node)
-        aval = _tangent_aval(node)
-        return None if aval.dtype == jax.dtypes.float0 else jnp.zeros(aval.shape, aval.dtype)
+        return None if _is_discrete(node) else jnp.zeros(node.shape, node.dtype)
 
     (_, *others), tree = jax.tree.flatten(shared, is_leaf=lambda node: isinstance(node, Once))
     return jax.tree.unflatten(tree, [d_rows, *map(start, others)])

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -28,12 +29,22 @@ class Stop:
 
 
 @contextlib.contextmanager
+def handled(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """`handler` takes these signals while in here."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
+@contextlib.contextmanager
 def signals() -> Iterator[Stop]:
     """Note SIGTERM and SIGINT while in here."""
     stop = Stop()
     # JAX has its own handler of SIGTERM when there are several processes: that is left alone.
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number, frame):
         for each in numbers:
@@ -43,13 +54,8 @@ def signals() -> Iterator[Stop]:
         else:
             stop.why = signal.Signals(number).name
 
-    for number in numbers:
-        signal.signal(number, note)
-    try:
+    with handled(numbers, note):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from attnres_jax import configs
 from attnres_jax.configs.sweeps import Member, Sweep, members
 from attnres_jax.train import runs, workdir
 from attnres_jax.train.progress import Progress
+from attnres_jax.train.stopping import handled
 
 LOG = "log.txt"
 POLL = 0.5
@@ -160,12 +161,8 @@ def _signals() -> Iterator[list[str]]:
     def note(number, frame):
         told.append(signal.Signals(number).name)
 
-    before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), note):
         yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
