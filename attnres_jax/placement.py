@@ -26,10 +26,10 @@ class Placement:
         return self._between(self._inside(y))
 
     def _between(self, x):
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec))
+        return lax.with_sharding_constraint(x, NamedSharding(_around(self.mesh), self.spec))
 
     def _inside(self, x):
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.spec[0])))
+        return lax.with_sharding_constraint(x, NamedSharding(_around(self.mesh), PartitionSpec(self.spec[0])))
 
     def local(
         self,
@@ -52,13 +52,22 @@ class Placement:
                 shared = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying"), shared)
             return op(shared, *args)
 
-        around = jax.sharding.get_abstract_mesh()
-        free = {*self.mesh.axis_names} - {*around.manual_axes}
+        around = _around(self.mesh)
+        free = {*self.mesh.axis_names} - {*getattr(around, "manual_axes", ())}
         if not free:
             return op(shared, *args)
-        where = {"mesh": around if around.manual_axes else self.mesh, "axis_names": free, "check_vma": typed}
+        # Inside a region that is manual already, the types of the two would meet: JAX 0.12 cannot
+        # differentiate that.
+        typed = typed and around is self.mesh
+        where = {"mesh": around, "axis_names": free, "check_vma": typed}
         specs = (PartitionSpec(), *specs)
         return jax.shard_map(run, in_specs=specs, out_specs=out_specs, **where)(shared, *args)
+
+
+def _around(mesh):
+    """`mesh`, or, in a region that is manual over some of its axes, what says which."""
+    around = jax.sharding.get_abstract_mesh()
+    return around if around.manual_axes else mesh
 
 
 def platform(placement: Placement | None = None) -> str:

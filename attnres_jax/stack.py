@@ -139,7 +139,7 @@ def _literal(scheme, mix, kinds, layers, x, record):
 
 def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     """Equal consecutive blocks in one scan, the others one by one."""
-    steps = {k: _sublayer(scheme, layer) for k, layer in layers.items()}
+    steps = {k: sublayer(scheme, layer) for k, layer in layers.items()}
     history, at, parts, whole = scheme.start(x), 0, [], (mix.sublayers, shares)
     for blocks, reps in runs(spell(kinds, scheme.schedule(len(kinds)))):
         scan = reps > 1 and scheme.append_only
@@ -155,7 +155,7 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     return DepthOutput(h, join(parts), None)
 
 
-def _sublayer(scheme, layer):
+def sublayer(scheme, layer):
     """One sublayer of a kind; `own` are its slot and its share of the layers' parameters and inputs."""
 
     def step(history, stream, own, row=None):
@@ -200,7 +200,7 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     def block(history, whole):
         mix, shares = own(whole)
         slots, history = scheme.open(mix, history)
-        history, stream, ys = _sublayers(steps, kinds, history, scheme.begin(history), (slots, shares))
+        history, stream, ys = sublayers(steps, kinds, history, scheme.begin(history), (slots, shares))
         after = scheme.close(history, stream)
         return after[held:] if held else after, by_kind(kinds, ys)
 
@@ -209,7 +209,7 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     return (*history, *after) if held else after, aux
 
 
-def _sublayers(steps, kinds, history, stream, own):
+def sublayers(steps, kinds, history, stream, own):
     """The sublayers of one block: what repeats is scanned. The stream before each is what is kept."""
 
     def body(stream, values, period, history, begins=False):

@@ -249,6 +249,7 @@ KEYS: dict[str, Key] = {
         "",
         "flash: a kernel that stores no scores",
     ),
+    "mesh.stage": Key(1, Whole(1, span=0), "stages", "of a pipeline, each with some of the layers; 1: none"),
     "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
     "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),
     "mesh.tensor": Key(1, Share(), "devices", "that divide heads, MLP channels, vocabulary and time"),
@@ -261,6 +262,12 @@ KEYS: dict[str, Key] = {
     "train.steps": Key(350, Whole(1), "updates", "of the run and its schedule"),
     "train.stop_after": Key(0, Whole(0), "updates", "stop early, same schedule; 0 runs all steps"),
     "train.accumulation": Key(1, Whole(1, span=3), "microbatches", "computed in turn, one update"),
+    "train.virtual_stages": Key(
+        1,
+        Whole(1, span=3),
+        "chunks",
+        "of layers on each stage of a pipeline; more: less idle time, more sent",
+    ),
     "train.vocab_chunks": Key(
         1, Whole(1, span=3), "chunks", "of the vocabulary, so that logits are never whole; must divide it"
     ),
@@ -340,6 +347,10 @@ def _one_rest(key: str, *others: str) -> Rule:
     )
 
 
+def _chunks(c: Mapping[str, Any]) -> int:
+    return max(c["model.blocks"] // c["mesh.stage"], 1)
+
+
 def _reads(c: Mapping[str, Any], option: str) -> bool:
     return option in SCHEMES[c["residual"]].reads
 
@@ -360,6 +371,21 @@ RULES: tuple[Rule, ...] = (
     _divides("model.heads", "model.width", " that leaves heads of even width (RoPE)", factor=2),
     _divides("model.kv_heads", "model.heads"),
     _divides("train.accumulation", "data.batch"),
+    Rule(
+        "mesh.stage",
+        holds=lambda c: c["mesh.stage"] == 1 or c["train.accumulation"] % c["mesh.stage"] == 0,
+        need=lambda c: (
+            f"a divisor of train.accumulation = {c['train.accumulation']}: microbatches go through "
+            "a pipeline in groups of its stages"
+        ),
+        legal=lambda c: math.gcd(c["mesh.stage"], c["train.accumulation"]),
+    ),
+    Rule(
+        "train.virtual_stages",
+        holds=lambda c: c["mesh.stage"] == 1 or c["train.virtual_stages"] <= _chunks(c),
+        need=lambda c: f"at most model.blocks / mesh.stage = {c['model.blocks']} / {c['mesh.stage']}",
+        legal=_chunks,
+    ),
     _one_rest("mesh.fsdp", "mesh.data"),
     _one_rest("mesh.tensor", "mesh.data", "mesh.fsdp"),
     _at_most_steps("train.stop_after"),
@@ -402,10 +428,12 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def of_run(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's flat config, whole: it may be older than the keys of other residual schemes than its own."""
+    """A run's flat config, whole: it may be older than pipelines, and than the keys of other residual schemes
+    than its own."""
     residual = flat.get("residual")
     read = SCHEMES[residual].reads if residual in SCHEMES else SCHEME_KEYS.values()
     idle = {key: KEYS[key].default for key, option in SCHEME_KEYS.items() if option and option not in read}
+    idle |= {key: KEYS[key].default for key in ("mesh.stage", "train.virtual_stages")}
     return idle | dict(flat)
 
 

@@ -23,7 +23,16 @@ from attnres_jax.analysis.statistics import Difference, difference
 BOOKKEEPING = (
     *(f"train.{key}_every" for key in ("log", "depth", "eval")),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "train.stop_after"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "profile.first", "profile.last", "train.compile_cache"),
+    *(
+        "mesh.stage",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "train.virtual_stages",
+        "profile.first",
+        "profile.last",
+        "train.compile_cache",
+    ),
 )
 """Keys that change what is written down, never what is trained or measured."""
 

@@ -1,6 +1,6 @@
 """Dynamics by depth: output RMS, gradient norm, entropy and weights of reads (Figures 5 and 8)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,13 +47,17 @@ def _entropy(weights):
     return jnp.mean(jnp.sum(entr(jnp.abs(weights) / jnp.where(total > 0, total, 1)), 0))
 
 
-def gradient_norm(gradients: Mapping[str, Any], kinds: str) -> Float[Array, " L"]:
+def gradient_norm(
+    gradients: Mapping[str, Any], kinds: str, ordered: Callable[[Any], Any] = lambda tree: tree
+) -> Float[Array, " L"]:
     """L2 norm of each sublayer's parameter gradient, in order of depth; usable inside jit.
 
-    `gradients` is an `nnx.State` or a pure dict with leaves `layers/<kind>/...` [n_kind, ...].
+    `gradients` is an `nnx.State` or a pure dict with leaves `layers/<kind>/...` [n_kind, ...]; `ordered` puts
+    what is not in order of depth in that order.
     """
     order = sorted(set(kinds))
-    squares = jnp.concatenate([_squares(gradients["layers"][kind]) for kind in order])
+    found = ordered({"layers": {kind: {"": _squares(gradients["layers"][kind])} for kind in order}})
+    squares = jnp.concatenate([found["layers"][kind][""] for kind in order])
     first = {kind: sum(map(kinds.count, order[:at])) for at, kind in enumerate(order)}
     position = [first[kind] + kinds[:at].count(kind) for at, kind in enumerate(kinds)]
     return jnp.sqrt(squares[np.array(position)])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
 from attnres_jax.models.attention import attend as attention_over_time
-from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
+from attnres_jax.models.layers import Attend, Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
 from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
@@ -132,12 +132,11 @@ class Transformer(nnx.Module):
     ) -> Hidden:
         """All but the head, for a loss that never holds the logits whole."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        attention = "xla" if implementation == "reference" else self.config.attention
-        attend = partial(attention_over_time, implementation=attention, placement=placement)
+            positions = counting(tokens)
+        attend = attending(self.config, implementation, placement)
         depth = through_depth(
             *(self.config.scheme, self.mix.mix, self.config.kinds),
-            {k: _layer(stack, positions, segments, attend) for k, stack in self.layers.items()},
+            {k: layer(stack, positions, segments, attend) for k, stack in self.layers.items()},
             self.embed(tokens),
             policy=REMAT[self.config.remat],
             implementation=implementation,
@@ -151,6 +150,17 @@ class Transformer(nnx.Module):
     def unembedding(self) -> Float[Array, "D V"]:
         """The head's matrix: its own, or the embedding's transpose."""
         return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+
+
+def counting(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions from the start of the row."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+
+def attending(config: ModelConfig, implementation: str | None, placement: Placement | None) -> Attend:
+    """Attention over time as the config, or the literal reference, has it."""
+    attention = "xla" if implementation == "reference" else config.attention
+    return partial(attention_over_time, implementation=attention, placement=placement)
 
 
 def logits(h: Float[Array, "B T D"], w: Float[Array, "D V"]) -> Float[Array, "B T V"]:
@@ -174,7 +184,8 @@ def _stacked(kind, config, count, rngs):
     return nnx.vmap(one)(rngs.split(count))
 
 
-def _layer(stack, positions, segments, attend):
+def layer(stack: Any, positions: Array, segments: Array | None, attend: Attend) -> Layer:
+    """The sublayers of a kind: `stack` is a module of `Transformer.layers`, which may be abstract."""
     graph, params = nnx.split(stack)
 
     def norm(params):

@@ -1,7 +1,8 @@
 """The device mesh: its axes, their sizes, and where activations lie on it.
 
 `data` and `fsdp` divide the batch (fsdp the parameters too), `tensor` the heads, the MLP's channels and the
-vocabulary, and between sublayers the time axis. `stage` and `expert` have size 1 so far.
+vocabulary, and between sublayers the time axis; `stage` divides the layers (`pipeline.py`). `expert` has
+size 1 so far.
 """
 
 import functools
@@ -17,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from attnres_jax.configs import ConfigError
 from attnres_jax.placement import Placement
 
-AXES = ("stage", "data", "fsdp", "expert", "tensor")
+STAGE = "stage"
+AXES = (STAGE, "data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp")
 REST = -1
 

@@ -1,11 +1,12 @@
 """Where parameters and optimizer state lie on the mesh, from the one table of parameters.
 
-Matrices, embedding and head are cut by the letters of their axes (style of `axes.py`); the vectors of norms
-and of residual schemes are on every device, for they are small and every token needs them whole.
+Stacks of layers are cut over `stage` (in its order, see `layout.py`), matrices, embedding and head by the
+letters of their axes (style of `axes.py`); the vectors of norms and of residual schemes are on every device
+of a stage, for they are small and every token needs them whole.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -13,26 +14,34 @@ from jax.sharding import PartitionSpec as P
 
 from attnres_jax.configs import ConfigError
 from attnres_jax.models.table import Parameter, path_name
-from attnres_jax.parallel.mesh import BATCH, divisors
+from attnres_jax.parallel.mesh import BATCH, STAGE, divisors
 
 PLACES = {"V": "tensor", "H": "tensor", "F": "tensor", "D": "fsdp"}
 CUT = ("matrix", "embedding", "head", "projection")
 
 
 def spec(parameter: Parameter) -> P:
-    """Of one parameter: a mesh axis or None for each of its axes; the axis of stacked layers is whole."""
+    """Of one parameter, in order of depth: a mesh axis or None for each of its axes."""
     return P(*(PLACES.get(axis) for axis in parameter.axes)) if parameter.group in CUT else P()
 
 
-def shardings(tree, table: Iterable[Parameter], mesh: Mesh | AbstractMesh):
+def staged_spec(parameter: Parameter) -> P:
+    """The same of a pipelined mesh: stacks of layers are in order of stages, and cut over them."""
+    found = spec(parameter)
+    return P(STAGE, *found[1:]) if parameter.path.startswith("layers/") else found
+
+
+def shardings(
+    tree, table: Iterable[Parameter], mesh: Mesh | AbstractMesh, of: Callable[[Parameter], P] = spec
+):
     """For every leaf of `tree` (parameters, gradients, optimizer state) its sharding.
 
-    A leaf is placed as the parameter whose path its own ends with; scalars are on every device.
+    A leaf is placed as `of` says of the parameter whose path its own ends with; scalars are on every device.
 
     Raises:
       ValueError: for an array that no parameter's path ends.
     """
-    specs = {parameter.path: spec(parameter) for parameter in table}
+    specs = {parameter.path: of(parameter) for parameter in table}
 
     def place(path, leaf):
         name = path_name(path)

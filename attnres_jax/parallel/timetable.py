@@ -32,6 +32,44 @@ class Hop(NamedTuple):
         return self.last - self.first + 1
 
 
+class Segment(NamedTuple):
+    """Sublayers `first` .. `last - 1` of every chunk, in none of which a block begins or ends elsewhere.
+
+    The other fields have a value for each chunk.
+    """
+
+    first: int
+    last: int
+    runs: tuple[bool, ...]
+    """Whether the chunk is that long."""
+    block: tuple[int, ...]
+    """Number of the block they are of; as many are complete before, the embedding counted."""
+    begins: tuple[bool, ...]
+    ends: tuple[bool, ...]
+
+
+class Cache(NamedTuple):
+    """How a stage keeps the blocks of a microbatch, and which of them a message holds: all sizes are static.
+
+    Rows are numbered as blocks are. A window that would reach beyond the last row begins earlier: what it
+    then holds beside the hop's blocks the receiver has, with the same values.
+    """
+
+    rows: int
+    window: int
+    """Rows of a message: K."""
+    conveyor: int
+    """Rows of its early part."""
+    written: int
+    """Rows that a chunk returns, and that leave when it is done."""
+    first: tuple[int, ...]
+    """Row where the message into a chunk begins, C + 1 numbers."""
+    early: tuple[int, ...]
+    """Row where its early part begins."""
+    fresh: tuple[int, ...]
+    """The first row of those that a chunk returns, C numbers."""
+
+
 @dataclass(frozen=True)
 class Chunks:
     """`sublayers` L in AttnRes blocks of `block_size` S, cut into C = P V chunks of whole transformer blocks.
@@ -96,6 +134,39 @@ class Chunks:
             had = self.complete[c - self.stages + 1] if c >= self.stages else 0
             found.append(Hop(had + 1, max(self.complete[c - 1], had) + 1, self.begun[c]))
         return tuple(found)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The longest chunk, cut wherever in some chunk a block begins or the chunk ends."""
+        schedule = BlockSchedule(self.sublayers, self.block_size)
+        edges = {*schedule.openings, self.sublayers}
+        spans = [(at, to) for at, to in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
+        cuts = {edge - at for at, to in spans for edge in (*edges, to) if at <= edge <= to}
+        found = []
+        for first, last in zip(sorted(cuts)[:-1], sorted(cuts)[1:], strict=True):
+            begun = [(at + first, at + first < to, to) for at, to in spans]
+            found.append(
+                Segment(
+                    *(first, last, tuple(runs for _, runs, _ in begun)),
+                    tuple(sum(o <= min(at, to - 1) for o in schedule.openings) for at, _, to in begun),
+                    tuple(runs and at in edges for at, runs, _ in begun),
+                    tuple(runs and at + last - first in edges for at, runs, _ in begun),
+                )
+            )
+        return tuple(found)
+
+    @cached_property
+    def cache(self) -> Cache:
+        """See `Cache`."""
+        rows = max(self.begun[-1] + 1, self.window, self.written)
+        # Nothing that counts goes into the first chunk, nor out of the last.
+        first = [1, *(hop.first for hop in self.hops), 1]
+        return Cache(
+            *(rows, self.window, self.conveyor, self.written),
+            tuple(min(row, rows - self.window) for row in first),
+            tuple(min(row, rows - self.conveyor) for row in first),
+            tuple(min(row + 1, rows - self.written) for row in self.complete[:-1]),
+        )
 
     @property
     def window(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from attnres_jax import depth
 from attnres_jax.axes import compute_dtype
@@ -71,8 +71,8 @@ class Additive(AttnRes):
     has the weight `1 + a_i`. Our definition; the paper has none.
     """
 
-    def open(self, mix, history) -> tuple[Any, Any]:
-        slots, inner = super().open(mix, history)
+    def open(self, mix, history, begins=True) -> tuple[Any, Any]:
+        slots, inner = super().open(mix, history, begins)
         return slots, Summed(inner, _total(history))
 
     def begin(self, history):
@@ -107,10 +107,11 @@ def _sum(a, b):
 
 
 class Mapped(NamedTuple):
-    """A sublayer's share: its query, and the matrix that makes another one of the plain stream."""
+    """A sublayer's share: its query, whether the running sum is empty, and the matrix that makes another
+    query of the plain stream."""
 
     w: Float[Array, "... K"]
-    j: Int[Array, "..."]
+    first: Bool[Array, "..."]
     matrix: Float[Array, "... D K"]
 
 
@@ -134,13 +135,13 @@ class InputQuery(AttnRes):
         maps = {"query_map": jnp.zeros((sublayers, width, keys))}, {"query_map": jnp.zeros((width, keys))}
         return Mix(*(pair | one for pair, one in zip(made, maps, strict=True)))
 
-    def open(self, mix, history) -> tuple[Any, Any]:
+    def open(self, mix, history, begins=True) -> tuple[Any, Any]:
         w = self._weight(mix, history)
         matrix = mix["query_map"].astype(w.dtype) * mix["key_scale"].astype(w.dtype)[:, None]
-        return Mapped(w, jnp.arange(len(w)), matrix), Opened(history, None)
+        return Mapped(w, (jnp.arange(len(w)) == 0) & begins, matrix), Opened(history, None)
 
     def read(self, slot, history, stream, norm, row=None):
-        running = () if stream is None else (depth.Rows(stream[None], (slot.j > 0).astype(jnp.int32)),)
+        running = () if stream is None else (depth.Rows(stream[None], (~slot.first).astype(jnp.int32)),)
         read = self._asked(slot, (*history.rows, *running))
         return Read(norm(read.mixture), read.mixture, read.weights, history, stream)
 

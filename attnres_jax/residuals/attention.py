@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnres_jax import depth, ops
 from attnres_jax.autodiff import Once, take
@@ -20,10 +20,12 @@ from attnres_jax.schedule import BlockSchedule
 
 
 class Slot(NamedTuple):
-    """A sublayer's share: query, row of Phase 1, logits. `open` returns the S of a block, stacked."""
+    """A sublayer's share: query, row of Phase 1, whether the running sum is empty, logits. `open` returns the
+    S of a block, stacked."""
 
     w: Float[Array, "... K"]
     j: Int[Array, "..."]
+    first: Bool[Array, "..."]
     logits: Float[Array, "... R"] | None
 
 
@@ -81,9 +83,10 @@ class AttnRes(Scheme):
     def start(self, x):
         return (depth.Rows(x[None]),)
 
-    def open(self, mix, history) -> tuple[Any, Any]:
+    def open(self, mix, history, begins=True) -> tuple[Any, Any]:
         w = self._weight(mix, history)
-        slot = Slot(w, jnp.arange(len(w)), mix.get("logits"))
+        j = jnp.arange(len(w))
+        slot = Slot(w, j, (j == 0) & begins, mix.get("logits"))
         if not self.two_phase:
             return slot, Opened(history, None)
         done, rows = ops.depth_mix(w, history, logits=_of_rows(slot.logits, history), **self._how)
@@ -101,7 +104,7 @@ class AttnRes(Scheme):
             return Read(norm(mixture), mixture, None, history._replace(done=Once(done)), stream)
         fused = norm if isinstance(norm, RMSNorm) else None
         logit = None if slot.logits is None else slot.logits[-1]
-        args = (slot.w, history.done.rows, stream, slot.j, slot.j == 0)
+        args = (slot.w, history.done.rows, stream, slot.j, slot.first)
         h, done, stream = ops.depth_merge(*args, norm=fused, row=row, logit=logit, **self._how)
         x, mixture = (h, None) if fused else (norm(h), h)
         return Read(x, mixture, None, history._replace(done=Once(done)), stream)

@@ -93,8 +93,10 @@ class Scheme(ABC):
     def start(self, x: Float[Array, "B T D"]) -> PyTree:
         """The history before the first block; `x` is the embedding."""
 
-    def open(self, mix: dict[str, Array], history: PyTree) -> tuple[PyTree, PyTree]:
-        """Slots of the block's S sublayers, stacked, and the history; `mix` are their parameters."""
+    def open(self, mix: dict[str, Array], history: PyTree, begins: Any = True) -> tuple[PyTree, PyTree]:
+        """Slots of the block's S sublayers, stacked, and the history; `mix` are their parameters.
+
+        A pipeline may part a block: then of some of them, `begins` (it may be traced) where its first is."""
         return mix, history
 
     @abstractmethod

@@ -50,7 +50,7 @@ class Dense(Scheme):
     def start(self, x):
         return (Rows(x[None]),)
 
-    def open(self, mix, history):
+    def open(self, mix, history, begins=True):
         return mix, Opened(history, self._mixture(jax.tree.map(lambda a: a[0], mix), history)[0])
 
     def begin(self, history):

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from attnres_jax import configs
 from attnres_jax.configs import Config
-from attnres_jax.models.transformer import Transformer, abstract
+from attnres_jax.models.transformer import Transformer
 from attnres_jax.parallel import processes
 from attnres_jax.train import checksums, state, workdir
 from attnres_jax.train.data import open_corpus
@@ -113,7 +112,7 @@ def load_run(folder: Path, step: int | None = None) -> LoadedRun:
         raise workdir.RunError(
             f"the checkpoint of step {step} in {folder} is damaged ({damage}): name another with --step"
         )
-    like = _on_first_device(nnx.to_pure_dict(nnx.state(abstract(model))))
+    like = _on_first_device(state.shapes(model))
     with ocp.StandardCheckpointer() as reader:
         params = reader.restore(saved / str(step) / "params", like)
     return LoadedRun(config, state.merge(model, params), step)

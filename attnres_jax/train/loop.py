@@ -44,7 +44,8 @@ def _train(config, folder, devices, stop, since):
     keep = config.checkpoint
     with Checkpoints(folder / workdir.CHECKPOINTS, keep.keep, keep.keep_every) as checkpoints:
         # 3. The newest checkpoint that is whole, on this mesh, or the beginning.
-        state = checkpoints.restore(run.like) or run.create()
+        found = checkpoints.restore(run.stored)
+        state = run.resume(found) if found else run.create()
         start, steps = int(state.step), config.train.steps
         if workdir.finished(folder, start, steps):
             _say(f"{folder} is finished: {steps} updates; nothing to do")
@@ -115,7 +116,7 @@ class _Loop(NamedTuple):
     def _save(self, state, waiting):
         self._settle(waiting)  # what is saved is finite
         with self.log.clock.section("checkpoint"):
-            saved = self.checkpoints.save(state)
+            saved = self.checkpoints.save(self.run.save(state))
         if saved:
             self.log.time(int(state.step))
 

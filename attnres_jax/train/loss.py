@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from attnres_jax.axes import compute_dtype
 from attnres_jax.configs import Config, UserError
 from attnres_jax.models.transformer import logits
-from attnres_jax.parallel.mesh import divisors
+from attnres_jax.parallel.mesh import STAGE, divisors
+from attnres_jax.parallel.pipeline import summed
 from attnres_jax.placement import Placement
 
 
@@ -87,6 +88,25 @@ def next_token(
     hidden = model.hidden(inputs, *seen, **how).h
     log_z, target = _chunked(hidden, model.unembedding, targets, chunks)
     return NextToken(log_z - target, log_z, mask)
+
+
+def over_stages(
+    h: Float[Array, "B T D"],
+    unembedding: Float[Array, "D W"],
+    tokens: Int[Array, "B T1"],
+    stages: int,
+    *,
+    chunks: int = 1,
+    end: int | None = None,
+) -> NextToken:
+    """`next_token` where stage p of a pipeline has the columns p, P + p, ... of the unembedding, all of them
+    the same `h`: inside `shard_map`, manual over `stage`. Two sums and a maximum over stages, of [B,T]."""
+    inside, stage = tokens[:, 1:] // stages, lax.axis_index(STAGE)
+    own = jnp.where(tokens[:, 1:] % stages == stage, inside, -1)
+    log_z, target = _chunked(h, unembedding, own, chunks)
+    most = lax.pmax(lax.stop_gradient(log_z), STAGE)
+    log_z = most + jnp.log(summed(jnp.exp(log_z - most)))
+    return NextToken(log_z - summed(target), log_z, counted(tokens, end))
 
 
 def documents(tokens: Int[Array, "B T"], end: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

@@ -30,6 +30,11 @@ def create(config: ModelConfig, tx: optax.GradientTransformation, seed: int) -> 
     return State(jnp.int32(0), params, tx.init(params))
 
 
+def shapes(config: ModelConfig) -> dict[str, Any]:
+    """Parameters as shapes and dtypes."""
+    return nnx.to_pure_dict(nnx.state(abstract(config)))
+
+
 def merge(config: ModelConfig, params: dict[str, Any]) -> Transformer:
     """The model with these parameters."""
     return nnx.merge(nnx.graphdef(abstract(config)), params)

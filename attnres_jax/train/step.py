@@ -24,6 +24,8 @@ from attnres_jax.parallel import sharding
 from attnres_jax.train import state
 from attnres_jax.train.loss import NextToken, configured, document_end, documents, objective, predictions
 from attnres_jax.train.optim import optimizer
+from attnres_jax.train.pipelined import Pipelined
+from attnres_jax.train.pipelined import check as check_pipeline
 from attnres_jax.train.state import State
 
 LOOK = 4
@@ -57,8 +59,14 @@ class Programs(NamedTuple):
     place: NamedSharding
     """Of tokens and masks [B, ...]."""
     like: State
-    """Shapes and places of a state."""
+    """Shapes and places of a state. On a pipelined mesh layers are in order of stages (`parallel.layout`)."""
+    stored: State
+    """Of one as it is saved, on any mesh: in order of depth."""
     create: Callable[[], State]
+    resume: Callable[[State], State]
+    """A state, of a saved one."""
+    save: Callable[[State], State]
+    """The inverse."""
     update: stages.Wrapped  # (State, tokens) -> (State, Updated)
     nats: Callable[[Any, Array, Array], Array]
     look: Callable[[Any, Array], DepthStatistics]
@@ -79,40 +87,80 @@ def programs(
       UserError: where mesh and model, or chunks or documents and corpus, do not fit together.
     """
     model, mesh = configs.model_config(config, vocab), meshes.make_mesh(config.mesh.to_dict(), devices)
-    table, place, whole = parameters(model), meshes.placement(mesh), meshes.whole(mesh)
+    table, whole = parameters(model), meshes.whole(mesh)
     sharding.check(table, mesh, config.data.batch // config.train.accumulation, config.data.length)
+    pipelined = mesh.shape[meshes.STAGE] > 1
+    if pipelined:
+        check_pipeline(config, model)
     _check_attention(config, mesh)
     tx = optimizer(config, table)
-    create = partial(state.create, model, tx, config.seed)
-    places = sharding.shardings(jax.eval_shape(create), table, mesh)
+    way = (Pipelined if pipelined else Whole)(config, model, mesh, end, implementation)
+    created = partial(state.create, model, tx, config.seed)
+    stored = sharding.shardings(jax.eval_shape(created), table, mesh)
+
+    def create():
+        return way.staged(created())
+
+    places = stored
+    if pipelined:
+        places = sharding.shardings(jax.eval_shape(create), table, mesh, sharding.staged_spec)
     batch = meshes.tokens(mesh)
-    predict = configured(config, vocab, end, place, implementation)
     end = document_end(config, end)
 
     def step(now, tokens):
         count = predictions(tokens, end)  # of the whole batch: microbatches may hold unequal numbers
-
-        def loss(params, tokens):
-            return objective(predict(state.merge(model, params), tokens), count, config.optim.z_loss)
-
-        (_, value), gradient = accumulated(loss, now.params, tokens, config.train.accumulation)
-        return _updated(tx, now, value, gradient, model.kinds)
-
-    def nats(params, tokens, mask):
-        return position_nats(predict, state.merge(model, params), tokens, mask)
+        value, gradient = way.value_and_grad(now.params, tokens, count)
+        return _updated(
+            tx, now, value, gradient, partial(gradient_norm, kinds=model.kinds, ordered=way.unstaged)
+        )
 
     return Programs(
         *(model, mesh, tuple(parameter.path for parameter in table), batch),
         sharding.placed(jax.eval_shape(create), places),
+        sharding.placed(jax.eval_shape(created), stored),
         jax.jit(create, out_shardings=places),
+        jax.jit(way.staged, out_shardings=places) if pipelined else lambda now: now,
+        jax.jit(way.unstaged, out_shardings=stored) if pipelined else lambda now: now,
         jax.jit(step, in_shardings=(places, batch), out_shardings=(places, whole), donate_argnums=0),
-        jax.jit(nats, in_shardings=(places.params, batch, batch), out_shardings=whole),
+        jax.jit(way.nats, in_shardings=(places.params, batch, batch), out_shardings=whole),
         jax.jit(
-            lambda params, tokens: look(state.merge(model, params), tokens, end),
+            lambda params, tokens: look(state.merge(model, way.unstaged(params)), tokens, end),
             in_shardings=(places.params, batch),
             out_shardings=whole,
         ),
     )
+
+
+class Whole:
+    """All layers on every device of the mesh, microbatches one after the other. Methods are `Pipelined`'s."""
+
+    def __init__(
+        self, config: Config, model: ModelConfig, mesh: Mesh, end: int | None, implementation: str | None
+    ):
+        self.config, self.model = config, model
+        self.predict = configured(config, model.vocab, end, meshes.placement(mesh), implementation)
+
+    def value_and_grad(
+        self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Any]:
+        """The reported loss, of `count` predictions, and the gradient of `params`."""
+
+        def loss(params, tokens):
+            found = self.predict(state.merge(self.model, params), tokens)
+            return objective(found, count, self.config.optim.z_loss)
+
+        (_, value), gradient = accumulated(loss, params, tokens, self.config.train.accumulation)
+        return value, gradient
+
+    def nats(self, params: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]) -> Float[Array, " T"]:
+        """`position_nats`."""
+        return position_nats(self.predict, state.merge(self.model, params), tokens, mask)
+
+    def staged(self, tree: Any) -> Any:
+        """Layers are in order of depth."""
+        return tree
+
+    unstaged = staged
 
 
 def _check_attention(config, mesh):
@@ -160,11 +208,11 @@ def accumulated(
     return jax.lax.scan(add, zero, parts)[0]
 
 
-def _updated(tx, now, loss, gradient, kinds):
+def _updated(tx, now, loss, gradient, by_depth):
     updates, opt_state = tx.update(gradient, now.opt_state, now.params)
     params: Any = optax.apply_updates(now.params, updates)
     norms = {path_name(path): jnp.linalg.norm(g) for path, g in jax.tree.leaves_with_path(gradient)}
-    out = Updated(loss, norms, gradient_norm(gradient, kinds))
+    out = Updated(loss, norms, by_depth(gradient))
     return State(now.step + 1, params, opt_state), out
 
 

@@ -1,0 +1,164 @@
+"""One chunk of a pipelined model: the verbs of `through_depth`, on the blocks that a stage keeps.
+
+A *unit* is what a message is counted in: a block [B,T,D] where histories are append-only; else the whole
+history, which goes from chunk to chunk as one (the plain residual's stream; the m streams of mHC).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from attnres_jax import stack
+from attnres_jax.depth import Rows
+from attnres_jax.parallel.timetable import Cache, Chunks
+from attnres_jax.residuals.base import PyTree, Scheme
+from attnres_jax.spelling import belonging, by_kind
+
+Layers = Mapping[str, stack.Layer]
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A model's sublayers `kinds`, whose period is `chunks.together` long, cut into chunks of `scheme`.
+
+    `penalty` is what a sublayer's auxiliary output adds to the objective: of kind -> stacked outputs.
+    """
+
+    scheme: Scheme
+    kinds: str
+    chunks: Chunks
+    policy: Callable[..., Any]
+    penalty: Callable[[dict[str, PyTree]], Array] | None = None
+
+    def __post_init__(self):
+        period = self.kinds[: self.chunks.together]
+        if self.kinds != period * (len(self.kinds) // len(period)):
+            raise ValueError(
+                f"chunks of a pipeline are alike: {self.kinds!r} must repeat its first {len(period)} letters"
+            )
+
+    @property
+    def longest(self) -> str:
+        """The kinds of the longest chunk; every other one is the beginning of it."""
+        return self.kinds[: self.chunks.segments[-1].last]
+
+    @cached_property
+    def cache(self) -> Cache:
+        """How a stage keeps units; one row where the history is one unit."""
+        if self.scheme.append_only:
+            return self.chunks.cache
+        zeros = (0,) * (self.chunks.count + 1)
+        return Cache(1, 1, 0, 1, zeros, zeros, zeros[:-1])
+
+    @property
+    def parted(self) -> bool:
+        """Whether some chunk changes a row that it is given: the running sum of a block, or the history."""
+        return not self.scheme.append_only or self.chunks.begun != self.chunks.complete
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """The row that a chunk may find begun, C numbers."""
+        return (
+            tuple(n + 1 for n in self.chunks.complete[:-1]) if self.scheme.append_only else self.cache.fresh
+        )
+
+    def first(self, x: Float[Array, "B T D"]) -> PyTree:
+        """The unit that stands in row 0 before the first chunk that a stage runs."""
+        history = self.scheme.start(x)
+        return history[0].array[0] if self.scheme.append_only else history
+
+    def run(
+        self, layers: Layers, mix: dict[str, Array], params: Any, rows: PyTree, c: Int[Array, ""]
+    ) -> tuple[PyTree, Array]:
+        """Chunk `c` over `rows` [cache.rows, ...]: the `written` rows from `cache.fresh[c]` on; the penalty.
+
+        `params` are kind -> leaves [n, ...] of the longest chunk, `mix` the parameters of all sublayers.
+        """
+        given = jnp.asarray(self.chunks.bounds)[c] + jnp.arange(len(self.longest))
+        # Beyond the end of a shorter chunk stands some sublayer, whose output is left out.
+        mix = jax.tree.map(lambda a: a[jnp.minimum(given, len(self.kinds) - 1)], mix)
+        own = mix, {kind: (leaves, None) for kind, leaves in params.items()}
+        made, total = slice_rows(rows, at(self.cache.fresh, c), self.cache.written), jnp.float32(0)
+        policy = jax.checkpoint_policies
+        policy = policy.save_from_both_policies(policy.save_only_these_names("stream"), self.policy)
+        for segment in self.chunks.segments:
+            run = jax.checkpoint(partial(self._segment, layers, segment), policy=policy)
+            made, penalty = run(own, rows, made, c)
+            total = total + penalty
+        return made, total
+
+    def finish(self, mix: dict[str, Array], rows: PyTree) -> Float[Array, "B T D"]:
+        """The output read, of the rows after the last chunk."""
+        whole = (Rows(rows, self.chunks.begun[-1] + 1),)
+        history = whole if self.scheme.append_only else pick(rows, 0)
+        read: Any = self.scheme.finish(mix, history)
+        return read.mixture
+
+    def _segment(self, layers, segment, own, rows, made, c):
+        scheme, cache, kinds = self.scheme, self.cache, self.longest[segment.first : segment.last]
+        block, fresh = at(segment.block, c), at(cache.fresh, c)
+        row = block - fresh if scheme.append_only else 0
+        begins = at(segment.begins, c) if scheme.append_only else True
+        if scheme.append_only:
+            whole = put_rows(rows, made, fresh) if segment.first else rows
+            history = (Rows(whole, block),)
+        else:
+            history = pick(made, 0)
+        mix, shares = belonging(self.longest, segment.first, kinds, own)
+        slots, history = scheme.open(mix, history, begins)
+        stream = scheme.begin(history)
+        if begins is not True and stream is not None:
+            stream = select(begins, stream, pick(made, row))
+        steps = {
+            k: jax.checkpoint(stack.sublayer(scheme, layers[k]), policy=self.policy, prevent_cse=False)
+            for k in set(kinds)
+        }
+        history, stream, ys = stack.sublayers(steps, kinds, history, stream, (slots, shares))
+        if scheme.append_only:
+            ends = at(segment.ends, c)
+            done = stream if ends is False else scheme.close(history, stream)[-1].array[0]
+            new = select(ends, done, stream)
+        else:
+            new = scheme.close(history, stream)
+        runs, penalty = at(segment.runs, c), jnp.float32(0)
+        if self.penalty is not None:
+            penalty = jnp.where(runs, self.penalty(by_kind(kinds, ys)), 0)
+        return select(runs, put(made, new, row), made), penalty
+
+
+def at(values: tuple, c: Any) -> Any:
+    """The value of chunk `c`, itself where it is that of every chunk."""
+    return values[0] if len(set(values)) == 1 else jnp.asarray(values)[c]
+
+
+def select(which: Any, yes: PyTree, no: PyTree) -> PyTree:
+    """`yes` or `no`; where `which` is no array, the other is not looked at."""
+    if isinstance(which, bool):
+        return yes if which else no
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), yes, no)
+
+
+def pick(tree: PyTree, row: Any) -> PyTree:
+    """One row of every leaf."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, row, 0, keepdims=False), tree)
+
+
+def put(tree: PyTree, value: PyTree, row: Any) -> PyTree:
+    """`value` as one row of every leaf."""
+    return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, row, 0), tree, value)
+
+
+def slice_rows(tree: PyTree, first: Any, count: int) -> PyTree:
+    """`count` rows of every leaf."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, count), tree)
+
+
+def put_rows(tree: PyTree, rows: PyTree, first: Any) -> PyTree:
+    """`rows` in place of as many rows of every leaf."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, first, 0), tree, rows)

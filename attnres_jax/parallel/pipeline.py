@@ -1,0 +1,416 @@
+"""Executes the timetable: one SPMD program, manual over the mesh axis `stage`, the other axes automatic.
+
+All stages keep step. In a tick each runs one chunk forward and one backward (`timetable.py` says which), by
+an explicit vjp; a chunk is recomputed from its stage's cache of blocks. Block summaries go around the ring of
+stages in windows: what a receiver lacks, of which the part that is complete leaves before the chunk runs.
+Their cotangents come back in the same windows, summed on the way: a block's uses on a stage are added up
+there until the chunk that received it runs backward.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from attnres_jax.axes import compute_dtype
+from attnres_jax.parallel.chunk import Chunked, Layers, at, pick, put, put_rows, select, slice_rows
+from attnres_jax.parallel.mesh import STAGE
+from attnres_jax.parallel.timetable import Timetable
+from attnres_jax.residuals.base import PyTree
+
+
+class Parts(NamedTuple):
+    """Parameters as stages need them; gradients come in the same form."""
+
+    table: Any
+    """Embeddings [V,D]: every stage looks up its own."""
+    layers: Any
+    """Kind -> leaves [P V n, ...] in order of stages: a stage's chunks lie together (`layout.py`)."""
+    mix: PyTree
+    """`residuals.Mix`, of all sublayers and of the output read."""
+    last: PyTree
+    """Of the final norm."""
+    unembedding: Any
+    """The head [D,V]: stage p computes the logits p, P + p, 2 P + p, ..."""
+
+
+class Model(NamedTuple):
+    """What a pipeline runs beside its chunks. `micro` is one microbatch of the batch, any pytree."""
+
+    embed: Callable[[Array, PyTree], Float[Array, "B T D"]]
+    """`embed(table, micro)`: rows of the table, [B,T,D]."""
+    embedded: Callable[[Array, Array, PyTree], Array]
+    """`embedded(total, d_x, micro)`: `total` and the gradient of the table that `d_x` makes."""
+    layers: Callable[[PyTree], Layers]
+    """Kind -> `stack.Layer` of a microbatch; its params and inputs are not used."""
+    head: Callable[[PyTree, Array, Array, PyTree], PyTree]
+    """`head(last, unembedding [D, V / P], h, micro)`: sums over the microbatch, on all stages the same.
+
+    It runs on all of them, each with its own columns: collectives over `stage` are its to call. What it sums
+    over stages has the same cotangent on all of them: `summed`. For training, (objective, what is
+    reported)."""
+
+
+def taken(d: PyTree, first: Any, count: int) -> tuple[PyTree, PyTree]:
+    """`count` rows of the cotangents `d`, and the others: zeros stand where they were."""
+    rows = slice_rows(d, first, count)
+    return rows, put_rows(d, jax.tree.map(jnp.zeros_like, rows), first)
+
+
+@jax.custom_vjp
+def summed(x: Array) -> Array:
+    """The sum over stages of what differs; its cotangent is the same on all stages, and each takes it."""
+    return lax.psum(x, STAGE)
+
+
+summed.defvjp(lambda x: (summed(x), None), lambda _, d: (d,))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """`chunked` sublayers and `model` on `mesh`, by `table`.
+
+    `spec` says where B and T of activations lie on the other axes, `specs` where the layers' leaves do
+    (kind -> `PartitionSpec`s, that of the first axis left out).
+    """
+
+    chunked: Chunked
+    model: Model
+    table: Timetable
+    mesh: Mesh
+    spec: P
+    specs: Mapping[str, PyTree]
+
+    def loss(self, parts: Parts, batch: PyTree) -> tuple[Array, Any]:
+        """(objective, reported), sums over the microbatches of `batch` [M, ...].
+
+        The objective may be differentiated by `parts`, once and in reverse mode: the gradient is computed
+        together with it. What is reported has none.
+        """
+
+        @jax.custom_vjp
+        def run(parts):
+            return self.forward(parts, batch)
+
+        run.defvjp(
+            lambda parts: self._mapped(_Run.train, parts, batch, True),
+            lambda gradient, d: (jax.tree.map(lambda g: g * d[0].astype(g.dtype), gradient),),
+        )
+        return run(parts)
+
+    def forward(self, parts: Parts, batch: PyTree) -> PyTree:
+        """The sum over the microbatches of what `model.head` returns."""
+        return self._mapped(_Run.evaluate, parts, batch, False)
+
+    def _mapped(self, program, parts, batch, gradients):
+        """The program of every stage. The head is cut over stages by a new last axis, so that a vocabulary
+        that is cut over `tensor` stays so on each of them."""
+        count = self.table.stages
+        parts = parts._replace(unembedding=_by_stage(parts.unembedding, count))
+        spec = Parts(P(), jax.tree.map(lambda _: P(STAGE), parts.layers), P(), P(), P(None, None, STAGE))
+
+        def run(parts, batch):
+            return program(_Run(self, parts, batch))
+
+        found = jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=(spec, P()),
+            out_specs=(P(), spec) if gradients else P(),
+            axis_names={STAGE},
+            check_vma=False,
+        )(parts, batch)
+        if not gradients:
+            return found
+        value, gradient = found
+        own = gradient.unembedding
+        return value, gradient._replace(unembedding=own.reshape(len(own), -1))
+
+
+def _by_stage(w, count):
+    return w.reshape(len(w), -1, count)
+
+
+class _Unit(NamedTuple):
+    """What a stage runs in a tick: virtual stage v, microbatch m, chunk c. Where it idles, not `live`."""
+
+    live: Array
+    v: Array
+    m: Array
+    c: Array
+
+
+class _State(NamedTuple):
+    """Carried from tick to tick."""
+
+    cache: PyTree
+    """[slots + 1, rows, ...]: of each microbatch in flight, the blocks that this stage has. The last slot is
+    for ticks in which it idles."""
+    given: PyTree
+    """[slots + 1, V, ...]: the row that each chunk found begun, where there is one."""
+    early: PyTree
+    fresh: PyTree
+    """Messages that have arrived."""
+    d_cache: PyTree
+    """[P + 1, rows, ...]: cotangents of blocks, of the microbatches that are on their way back."""
+    back: PyTree
+    """The window of cotangents to send."""
+    gradient: Any
+    penalty: Any
+    """What this stage's auxiliary outputs add to the objective."""
+    total: Any
+    """Sums of what the head returns, the same on all stages."""
+
+
+class _Run:
+    """The program of one stage, inside `shard_map`."""
+
+    def __init__(self, pipeline: Pipeline, parts: Parts, batch: PyTree):
+        self.pipeline, self.chunked, self.model = pipeline, pipeline.chunked, pipeline.model
+        self.table, self.cache = pipeline.table, pipeline.chunked.cache
+        self.P, self.V, self.M = self.table.stages, self.table.virtual_stages, self.table.microbatches
+        self.stage = lax.axis_index(STAGE)
+        self.batch = batch
+        own = jax.tree.map(lambda a: a.reshape(self.V, -1, *a.shape[1:]), parts.layers)
+        self.parts = parts._replace(layers=own, unembedding=parts.unembedding[..., 0])
+        self.unit = jax.eval_shape(lambda: self._embedded(self._micro(0)))
+
+    def train(self) -> tuple[Any, Parts]:
+        ahead, both, behind = self.table.phases
+        state = self._start(self.table.slots, True)
+        state = self._ticks(state, 0, ahead, True, False)
+        state = self._ticks(state, ahead, ahead + both, True, True)
+        state = self._ticks(state, ahead + both, ahead + both + behind, False, True)
+        d = state.gradient
+        layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
+        d = d._replace(layers=layers, unembedding=d.unembedding[..., None])
+        summed = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last")}
+        objective, reported = state.total
+        return (objective + lax.psum(state.penalty, STAGE), reported), d._replace(**summed)
+
+    def evaluate(self) -> Any:
+        state = self._start(min(self.M, self.P), False)
+        state = self._ticks(state, 0, self.table.units + self.P - 1, True, False, self._headed)
+        return state.total
+
+    def _ticks(self, state, first, last, forward, backward, after=None):
+        def tick(state, t):
+            back = self._sent(state.back, -1) if backward else None
+            state = self._forward(state, t) if forward else state
+            state = self._backward(state, t, back) if backward else state
+            state = after(state, t) if after else state
+            return self._placed(state), None
+
+        return lax.scan(tick, state, jnp.arange(first, last))[0] if last > first else state
+
+    def _start(self, slots, trains):
+        cache, some = self.cache, jnp.zeros
+        room = partial(self._room, some)
+        total = jax.eval_shape(self._head_of_nothing)
+        empty: dict[str, Any] = {"d_cache": (), "back": (), "gradient": (), "given": (), "penalty": ()}
+        if trains:
+            given = room(slots + 1, self.V) if self.chunked.parted else ()
+            gradient = jax.tree.map(lambda a: some(a.shape, compute_dtype(a.dtype)), self.parts)
+            back = {"d_cache": room(self.P + 1, cache.rows), "back": room(cache.window)}
+            empty = back | {"given": given, "gradient": gradient, "penalty": jnp.float32(0)}
+        state = _State(
+            cache=room(slots + 1, cache.rows),
+            early=room(cache.conveyor) if cache.conveyor else (),
+            fresh=room(cache.written),
+            total=jax.tree.map(lambda a: some(a.shape, a.dtype), total),
+            **empty,
+        )
+        return self._placed(state)
+
+    def _room(self, some, *lead):
+        return jax.tree.map(lambda a: some((*lead, *a.shape), a.dtype), self.unit)
+
+    def _forward(self, state, t):
+        cache, now = self.cache, self._unit(t - self.stage, lambda v: v)
+        slot = now.m % self._slots(state)
+        rows = pick(state.cache, slot)
+        if cache.conveyor:
+            rows = put_rows(rows, state.early, at(cache.early, now.c))
+        rows = put_rows(rows, state.fresh, at(cache.fresh, jnp.maximum(now.c - 1, 0)))
+        micro = self._micro(now.m)
+        rows = select(self._embeds(now), put(rows, self._embedded(micro), 0), rows)
+        early = state.early
+        if cache.conveyor:
+            early = self._sent(slice_rows(rows, at(cache.early, now.c + 1), cache.conveyor), 1)
+        slot = jnp.where(now.live, slot, self._slots(state))
+        found = pick(rows, at(self.chunked.open, now.c))
+        given = state.given  # nothing, where no chunk changes what it found
+        if jax.tree.leaves(given):
+            given = jax.tree.map(lambda a, b: a.at[slot, now.v].set(b), given, found)
+        made, _ = self._chunk(now, micro)(pick(self.parts.layers, now.v), self.parts.mix.sublayers, rows)
+        rows = put_rows(rows, made, at(cache.fresh, now.c))
+        return state._replace(
+            cache=put(state.cache, rows, slot), given=given, early=early, fresh=self._sent(made, 1)
+        )
+
+    def _backward(self, state, t, back):
+        cache, V, C = self.cache, self.V, self.P * self.V
+        now = self._unit(t - (C - 1) - (self.P - 1 - self.stage), lambda v: V - 1 - v)
+        state, d_last = self._head(state, t - (C - 1))
+        place, slot = now.m % self.P, now.m % self._slots(state)
+        # What later chunks of this stage left, and what comes from the next chunk; or from the head.
+        d = pick(state.d_cache, place)
+        d = jax.tree.map(lambda a: jnp.where(now.v == V - 1, 0, a), d)
+        window = at(cache.first, now.c + 1)
+        there = jax.tree.map(jnp.add, slice_rows(d, window, cache.window), back)
+        d = select(now.c == C - 1, d_last, put_rows(d, there, window))
+        # The cotangent of what this chunk returned, from all its uses.
+        fresh = at(cache.fresh, now.c)
+        d_made, d = taken(d, fresh, cache.written)
+        rows, micro = pick(state.cache, slot), self._micro(now.m)
+        if self.chunked.parted:
+            given = jax.tree.map(lambda a: a[slot, now.v], state.given)
+            rows = put(rows, given, at(self.chunked.open, now.c))
+        (_, penalty), pull = jax.vjp(
+            self._chunk(now, micro), pick(self.parts.layers, now.v), self.parts.mix.sublayers, rows
+        )
+        d_layers, d_mix, d_rows = pull((d_made, jnp.ones_like(penalty)))
+        d = jax.tree.map(jnp.add, d, d_rows)
+        # The embedding's: this stage looked it up itself.
+        embeds = self._embeds(now) & now.live
+        d_first = jax.tree.map(lambda a: jnp.where(embeds, a, 0), pick(d, 0))
+        d = select(self._embeds(now), put(d, jax.tree.map(jnp.zeros_like, d_first), 0), d)
+        (d_x,) = jax.vjp(self.chunked.first, self.model.embed(self.parts.table, micro))[1](d_first)
+        # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
+        window = at(cache.first, now.c)
+        back, d = taken(d, window, cache.window)
+        total, live = state.gradient, partial(self._live, now)
+        gradient = total._replace(
+            table=self.model.embedded(total.table, d_x, micro),
+            layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), total.layers, d_layers),
+            mix=total.mix._replace(
+                sublayers=jax.tree.map(lambda a, g: a + live(g, a), total.mix.sublayers, d_mix)
+            ),
+        )
+        place = jnp.where(now.live, place, self.P)
+        return state._replace(
+            d_cache=put(state.d_cache, d, place),
+            back=back,
+            gradient=gradient,
+            penalty=state.penalty + live(penalty, penalty),
+        )
+
+    def _head(self, state, ahead):
+        """Output read, norm and head of the microbatch that the last chunk has just left, if one has: that is
+        a matter of the tick alone, so all stages take the same branch, and compute 1/P of it each."""
+        now, done = self._left(ahead)
+        rows, micro = pick(state.cache, now.m % self._slots(state)), pick(self.batch, now.m)
+        over = self.parts.mix.output, self.parts.last, self.parts.unembedding, rows
+
+        def run():
+            def objective(over):
+                found = self._headed_once(over, micro)
+                return found[0], found
+
+            (_, found), pulled = jax.value_and_grad(objective, has_aux=True)(over)
+            return found, pulled
+
+        def idle():
+            found = jax.tree.map(jnp.zeros_like, state.total)
+            return found, jax.tree.map(jnp.zeros_like, over)
+
+        found, (d_mix, d_last, d_unembedding, d_rows) = lax.cond(done, run, idle)
+        total = state.gradient
+        add = partial(jax.tree.map, lambda a, g: a + g.astype(a.dtype))
+        gradient = total._replace(
+            mix=total.mix._replace(output=add(total.mix.output, d_mix)),
+            last=add(total.last, d_last),
+            unembedding=add(total.unembedding, d_unembedding),
+        )
+        return state._replace(gradient=gradient, total=add(state.total, found)), d_rows
+
+    def _headed(self, state, t):
+        """The same, of a forward pass alone."""
+        now, done = self._left(t - (self.P * self.V - 1))
+        rows, micro = pick(state.cache, now.m % self._slots(state)), pick(self.batch, now.m)
+        over = self.parts.mix.output, self.parts.last, self.parts.unembedding, rows
+        found = lax.cond(
+            done,
+            lambda: self._headed_once(over, micro),
+            lambda: jax.tree.map(jnp.zeros_like, state.total),
+        )
+        return state._replace(total=jax.tree.map(jnp.add, state.total, found))
+
+    def _headed_once(self, over, micro):
+        mix, last, unembedding, rows = over
+        h = self.chunked.finish(mix, rows)
+        h = lax.psum(jnp.where(self.stage == self.P - 1, h, 0), STAGE)  # of the others it is not the last
+        return self.model.head(last, unembedding, h, micro)
+
+    def _head_of_nothing(self):
+        rows = self._room(jnp.zeros, self.cache.rows)
+        parts = self.parts
+        return self._headed_once((parts.mix.output, parts.last, parts.unembedding, rows), pick(self.batch, 0))
+
+    def _left(self, ahead):
+        """The microbatch whose last chunk ran `ahead` ticks after the first could, and whether one did."""
+        inside = (ahead >= 0) & (ahead < self.table.units)
+        at_last = ahead % (self.P * self.V) < self.P
+        number = jnp.clip(ahead, 0, self.table.units - 1)
+        m = number // (self.P * self.V) * self.P + number % self.P
+        return _Unit(inside, jnp.int32(self.V - 1), m, jnp.int32(self.P * self.V - 1)), inside & at_last
+
+    def _unit(self, number, order):
+        live = (number >= 0) & (number < self.table.units)
+        group, inside = jnp.divmod(jnp.clip(number, 0, self.table.units - 1), self.P * self.V)
+        virtual, place = jnp.divmod(inside, self.P)
+        v = order(virtual)
+        return _Unit(live, v, group * self.P + place, v * self.P + self.stage)
+
+    def _chunk(self, now, micro):
+        layers = self.model.layers(micro)
+        return lambda params, mix, rows: self.chunked.run(layers, mix, params, rows, now.c)
+
+    def _embeds(self, now):
+        """Whether row 0 is the embedding: on every stage, or where the history is one unit, at chunk 0."""
+        return now.v == 0 if self.chunked.scheme.append_only else now.c == 0
+
+    def _embedded(self, micro):
+        return self.chunked.first(self.model.embed(self.parts.table, micro))
+
+    def _micro(self, m):
+        return pick(self.batch, m)
+
+    def _live(self, now, gradient, like):
+        return jnp.where(now.live, gradient, 0).astype(like.dtype)
+
+    def _slots(self, state):
+        return len(jax.tree.leaves(state.cache)[0]) - 1
+
+    def _sent(self, rows, step):
+        """To the next stage of the ring (1), or to the one before (-1)."""
+        ring = [(p, (p + step) % self.P) for p in range(self.P)]
+        return jax.tree.map(lambda a: lax.ppermute(a, STAGE, ring), rows)
+
+    def _placed(self, state):
+        """What is carried lies on the other mesh axes as activations and parameters do."""
+        around = jax.sharding.get_abstract_mesh()
+
+        def rows(tree):
+            def place(a):
+                spec = P(*[None] * (a.ndim - 3), *self.pipeline.spec)
+                return lax.with_sharding_constraint(a, NamedSharding(around, spec))
+
+            return jax.tree.map(place, tree)
+
+        def leaf(a, spec):
+            return lax.with_sharding_constraint(a, NamedSharding(around, P(None, None, *spec)))
+
+        gradient = state.gradient
+        if gradient:
+            layers = jax.tree.map(leaf, gradient.layers, dict(self.pipeline.specs))
+            gradient = gradient._replace(layers=layers)
+        kept = {name: rows(getattr(state, name)) for name in ("cache", "given", "early", "fresh")}
+        return state._replace(gradient=gradient, d_cache=rows(state.d_cache), back=rows(state.back), **kept)

@@ -1,0 +1,155 @@
+"""The trainer's model as a pipeline: what its stages run, and of which microbatches."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from attnres_jax import configs
+from attnres_jax.analysis.inspect import parameters
+from attnres_jax.configs import Config
+from attnres_jax.models import transformer
+from attnres_jax.models.transformer import REMAT, ModelConfig
+from attnres_jax.parallel import mesh as meshes
+from attnres_jax.parallel import sharding
+from attnres_jax.parallel.chunk import Chunked
+from attnres_jax.parallel.layout import Layout
+from attnres_jax.parallel.pipeline import Model, Parts, Pipeline
+from attnres_jax.parallel.timetable import Chunks, Timetable
+from attnres_jax.train import state
+from attnres_jax.train.loss import document_end, documents, objective, over_stages
+
+
+class Pipelined:
+    """`config` on the pipelined `mesh`; parameters are in order of stages (`layout`)."""
+
+    def __init__(
+        self, config: Config, model: ModelConfig, mesh: Mesh, end: int | None, implementation: str | None
+    ):
+        self.config, self.model, self.end = config, model, document_end(config, end)
+        self.place: Any = meshes.placement(mesh)
+        self.attend = transformer.attending(model, implementation, self.place)
+        scheme, size = model.scheme, max(model.scheme.schedule(model.sublayers).sizes)
+        self.stages, virtual = mesh.shape[meshes.STAGE], config.train.virtual_stages
+        chunks = Chunks(model.sublayers, size, self.stages, virtual)
+        layout = Layout(model.kinds, chunks)
+        self.staged, self.unstaged = layout.staged, layout.unstaged
+        scheme = replace(scheme, implementation=implementation, placement=self.place)
+        table = Timetable(self.stages, virtual, config.train.accumulation)
+        self._pipeline = partial(
+            Pipeline,
+            Chunked(scheme, model.kinds, chunks, REMAT[model.remat]),
+            table=table,
+            mesh=mesh,
+            spec=self.place.spec,
+            specs=_specs(model, mesh),
+        )
+        self.abstract = transformer.abstract(model)
+
+    def loss(
+        self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """`loss.objective` of the batch, of `count` predictions."""
+        batch = {"tokens": self._microbatches(tokens)}
+        batch["count"] = jnp.broadcast_to(count, len(batch["tokens"]))
+
+        def head(last, unembedding, h, micro):
+            return objective(
+                self._next(last, unembedding, h, micro), micro["count"], self.config.optim.z_loss
+            )
+
+        return self._pipeline(model=self._model(head)).loss(self._parts(params), batch)
+
+    def value_and_grad(
+        self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Any]:
+        """The reported loss, of `count` predictions, and the gradient of `params`."""
+        (_, value), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, tokens, count)
+        return value, gradient
+
+    def nats(self, params: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]) -> Float[Array, " T"]:
+        """`step.position_nats`."""
+        batch = {"tokens": self._microbatches(tokens), "mask": self._microbatches(mask)}
+
+        def head(last, unembedding, h, micro):
+            return jnp.sum(jnp.where(micro["mask"], self._next(last, unembedding, h, micro).nats, 0), 0)
+
+        return self._pipeline(model=self._model(head)).forward(self._parts(params), batch)
+
+    def _parts(self, params):
+        whole = state.merge(self.model, params)
+        layers, last = (nnx.to_pure_dict(nnx.state(module)) for module in (whole.layers, whole.norm))
+        return Parts(whole.embed.embedding[...], layers, whole.mix.mix, last, whole.unembedding)
+
+    def _model(self, head):
+        return Model(
+            embed=self._embed,
+            embedded=self._embedded,
+            layers=self._layers,
+            head=head,
+        )
+
+    # XLA's partitioner, where some axes are manual, takes no lookup whose table and ids are cut over the same
+    # axis: ids are cut over `data`, the table's columns over `fsdp`.
+    def _embed(self, table, micro):
+        table, tokens = _cut(table, None, "fsdp"), _cut(_inputs(micro), "data")
+        return self.place.leave(_cut(table[tokens], "data", None, "fsdp").astype(self.model.dtype))
+
+    def _embedded(self, total, d_x, micro):
+        total, tokens = _cut(total, None, "fsdp"), _cut(_inputs(micro), "data")
+        d_x = _cut(self.place.leave(d_x), "data", None, "fsdp")
+        return _cut(total.at[tokens].add(d_x.astype(total.dtype)), None, "fsdp")
+
+    def _layers(self, micro):
+        inputs = _inputs(micro)
+        seen = (None, transformer.counting(inputs)) if self.end is None else documents(inputs, self.end)
+        segments, positions = seen
+        return {
+            kind: transformer.layer(stack, positions, segments, self.attend)
+            for kind, stack in self.abstract.layers.items()
+        }
+
+    def _next(self, last, unembedding, h, micro):
+        h = nnx.merge(nnx.graphdef(self.abstract.norm), last)(h)
+        chunks, stages = self.config.train.vocab_chunks, self.stages
+        return over_stages(
+            self.place.enter(h), unembedding, micro["tokens"], stages, chunks=chunks, end=self.end
+        )
+
+    def _microbatches(self, batch):
+        """Each takes every M-th row: rows spread over devices are spread in each of them alike."""
+        count = self.config.train.accumulation
+        return batch.reshape(-1, count, *batch.shape[1:]).swapaxes(0, 1)
+
+
+def _cut(a, *axes):
+    return lax.with_sharding_constraint(a, NamedSharding(jax.sharding.get_abstract_mesh(), P(*axes)))
+
+
+def _inputs(micro):
+    return micro["tokens"][:, :-1]
+
+
+def _specs(model, mesh):
+    """Where the leaves of stacked layers lie on the other axes than `stage`."""
+    places = sharding.shardings(
+        state.shapes(model), parameters(model), mesh, lambda p: P(*sharding.spec(p)[1:])
+    )
+    return jax.tree.map(lambda place: place.spec, places["layers"])
+
+
+def check(config: Config, model: ModelConfig) -> None:
+    """Raise `ConfigError` where the vocabulary is not whole chunks on each stage."""
+    stages, chunks = config.mesh.stage, config.train.vocab_chunks
+    if model.vocab % (stages * chunks):
+        raise configs.ConfigError(
+            f"the vocabulary of {model.vocab} must be a multiple of mesh.stage x train.vocab_chunks = "
+            f"{stages} x {chunks}: each stage computes its part of the logits, in that many chunks"
+        )

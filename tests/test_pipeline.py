@@ -1,0 +1,232 @@
+"""A pipelined model is the model: loss, gradients, evaluation; its bytes and memory are the timetable's."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import toys
+
+from attnres_jax import configs, residuals
+from attnres_jax.models.table import path_name
+from attnres_jax.parallel import mesh as meshes
+from attnres_jax.parallel import pipeline, timetable
+from attnres_jax.parallel.chunk import Chunked
+from attnres_jax.train import state, step
+from attnres_jax.train.loss import predictions
+from attnres_jax.train.pipelined import Pipelined
+
+VOCAB, LENGTH, ROWS = 48, 8, 2
+SMALL = {
+    "model.width": 16,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.mlp_width": 24,
+    "data.length": LENGTH,
+}
+TOLERANCE = 2e-5
+
+
+def config_of(size, residual="block", block_size=2, mesh=None, **keys):
+    """`size`: P stages, V virtual stages, M microbatches, transformer blocks."""
+    stages, virtual, microbatches, blocks = size
+    flat = configs.to_flat(configs.base.get_config()) | SMALL
+    flat |= {"mesh.stage": stages, "train.virtual_stages": virtual, "train.accumulation": microbatches}
+    flat |= {"model.blocks": blocks, "block_size": block_size, "residual": residual, "mesh.data": 1}
+    rows = ROWS * microbatches
+    for axis, count in (mesh or {}).items():
+        flat |= {f"mesh.{axis}": count}
+        rows *= count if axis != "tensor" else 1
+    return configs.from_flat(flat | {"data.batch": rows} | {k.replace("__", "."): v for k, v in keys.items()})
+
+
+def made(config, end=None):
+    """The pipelined model, that of one device, and its parameters away from their start."""
+    model = configs.model_config(config, VOCAB)
+    mesh = meshes.make_mesh(config.mesh.to_dict(), jax.devices()[: int(np.prod([*config.mesh.values()]))])
+    alone = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+    rng = np.random.default_rng(1)
+    params = state.create(model, optax.identity(), 0).params
+    params = jax.tree.map(lambda a: a + np.float32(0.1 * rng.standard_normal(a.shape)), params)
+    tokens = rng.integers(0, VOCAB, (config.data.batch, LENGTH + 1)).astype(np.int32)
+    return SimpleNamespace(
+        pipe=Pipelined(config, model, mesh, end, None),
+        whole=step.Whole(config, model, alone, end, None),
+        params=params,
+        tokens=tokens,
+        count=predictions(jnp.asarray(tokens), end),
+    )
+
+
+def run(way, case, ordered=lambda tree: tree):
+    """Loss and gradients of a way, in order of depth."""
+    params = way.staged(case.params)
+    program = jax.jit(way.value_and_grad).lower(params, case.tokens, case.count).compile(toys.QUICK)
+    value, gradient = program(params, case.tokens, case.count)
+    named = jax.tree.leaves_with_path(way.unstaged({"": gradient})[""])
+    return float(value), {path_name(path): np.asarray(leaf) for path, leaf in named}
+
+
+def assert_same(case, tolerance=TOLERANCE):
+    (value, gradient), (wanted_value, wanted) = run(case.pipe, case), run(case.whole, case)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
+    assert off(gradient, wanted) < tolerance
+
+
+def off(gradient, wanted):
+    """The largest error of a leaf, beside the largest of its entries."""
+    assert gradient.keys() == wanted.keys()
+    return max(np.abs(gradient[k] - wanted[k]).max() / max(np.abs(wanted[k]).max(), 1e-9) for k in wanted)
+
+
+FAST = {"N_p 1", "uneven"}
+CELLS = {
+    "N_p 1": ((2, 2, 4, 4), {}),
+    "N_p 2": ((2, 1, 4, 4), {}),
+    "N_p 1/2, slots reused": ((2, 2, 12, 4), {"block_size": 4}),
+    "N_p 3/2": ((2, 2, 4, 6), {}),
+    "N_p 1/4": ((4, 2, 8, 8), {"block_size": 8}),
+    "three stages": ((3, 2, 6, 6), {}),
+    "eight stages": ((8, 1, 16, 8), {}),
+    "four virtual": ((2, 4, 4, 8), {}),
+    "uneven": ((2, 2, 4, 5), {"block_size": 4}),
+    "uneven, short last block": ((4, 1, 8, 7), {"block_size": 4}),
+    "full": ((2, 2, 4, 4), {"residual": "full"}),
+    "plain": ((4, 1, 8, 6), {"residual": "plain"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "keys"),
+    [
+        pytest.param(*cell, id=name, marks=[] if name in FAST else pytest.mark.slow)
+        for name, cell in CELLS.items()
+    ],
+)
+def test_a_pipeline_is_the_model(size, keys):
+    """fp32: the loss, and the gradient of every parameter."""
+    assert_same(made(config_of(size, **keys)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in residuals.SCHEMES if name not in ("plain", "full", "block")]
+)
+def test_every_scheme(name):
+    """Streams go around the ring as one; a block that is parted opens twice."""
+    assert_same(made(config_of((2, 2, 4, 5), name, 4, depth_heads=4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "keys"),
+    [
+        ({"data": 2, "tensor": 2}, {}),
+        ({"fsdp": 2, "tensor": 2}, {"block_size": 4}),
+        ({"fsdp": 2, "tensor": 2}, {"residual": "plain"}),
+        ({"data": 2, "fsdp": 2}, {"residual": "mhc"}),
+    ],
+)
+def test_with_other_mesh_axes(mesh, keys):
+    assert_same(made(config_of((2, 2, 4, 4), mesh=mesh, **keys)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model__tied": False, "optim__z_loss": 0.1, "train__vocab_chunks": 3},
+        {"model__remat": "dots"},
+        {"model__remat": "everything"},
+        {"data__segments": True},
+    ],
+)
+def test_with_what_a_run_may_have(keys):
+    """An untied head, z-loss, logits in chunks, remat policies, documents apart."""
+    assert_same(made(config_of((2, 2, 4, 4), **keys), end=3 if "data__segments" in keys else None))
+
+
+@pytest.mark.slow
+def test_bf16_is_no_worse_than_without_a_pipeline():
+    """Both against fp64, leaf by leaf: the pipeline's error is that of the model, and a little for luck."""
+    case = made(config_of((2, 2, 4, 4), model__dtype="bfloat16"))
+    with jax.enable_x64(True):
+        config = config_of((2, 2, 4, 4))
+        model = replace(configs.model_config(config, VOCAB), dtype="float64")
+        exact = step.Whole(config, model, meshes.make_mesh({"data": 1}, jax.devices()[:1]), None, None)
+        wide = SimpleNamespace(**vars(case) | {"params": jax.tree.map(np.float64, case.params)})
+        _, wanted = run(exact, wide)
+    errors = [
+        {k: np.linalg.norm(gradient[k] - wanted[k]) / np.linalg.norm(wanted[k]) for k in wanted}
+        for _, gradient in (run(case.pipe, case), run(case.whole, case))
+    ]
+    assert max(errors[0].values()) < 1.15 * max(errors[1].values()) < 0.1
+    assert np.mean([*errors[0].values()]) < 1.1 * np.mean([*errors[1].values()])
+
+
+def test_evaluation():
+    """Cross-entropy by position, of a forward pipeline."""
+    case = made(config_of((2, 1, 4, 4)))
+    mask = np.random.default_rng(0).random((len(case.tokens), LENGTH)) < 0.7
+    found, wanted = (
+        jax.jit(way.nats)
+        .lower(way.staged(case.params), case.tokens, mask)
+        .compile(toys.QUICK)(way.staged(case.params), case.tokens, mask)
+        for way in (case.pipe, case.whole)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_composes_with_grad():
+    case = made(config_of((2, 1, 4, 4)))
+
+    def total(params, way):
+        square = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        return 3 * way(params)[0] + 0.1 * square
+
+    def whole(params):
+        return case.whole.loss(params, case.tokens, case.count)
+
+    found = jax.jit(jax.grad(lambda p: total(p, lambda p: case.pipe.loss(p, case.tokens, case.count))))(
+        case.params
+    )
+    wanted = jax.jit(jax.grad(lambda p: total(p, whole)))(case.params)
+    oracle.assert_close(toys.named(found), toys.named(wanted), TOLERANCE)
+
+
+# Mutations: each must be seen.
+
+
+def shifted(monkeypatch, field):
+    """All windows of a kind begin one row early."""
+    cache = Chunked.cache.func
+
+    def wrong(self):
+        found = cache(self)
+        return found._replace(**{field: tuple(max(0, row - 1) for row in getattr(found, field))})
+
+    monkeypatch.setattr(Chunked, "cache", property(wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", ["slots", "first", "early", "uncleared"])
+def test_mutations_are_seen(monkeypatch, mutation):
+    """One slot too few; a window one row off, in both directions; an early part one row off; cotangents that
+    are sent and not cleared."""
+    size, keys = ((2, 2, 12, 4), {}) if mutation == "slots" else ((3, 2, 6, 6), {})
+    case = made(config_of(size, **keys))
+    if mutation == "slots":
+        monkeypatch.setattr(timetable.Timetable, "slots", 3)
+    elif mutation == "uncleared":
+        monkeypatch.setattr(
+            pipeline, "taken", lambda d, first, count: (pipeline.slice_rows(d, first, count), d)
+        )
+    else:
+        shifted(monkeypatch, mutation)
+    (_, gradient), (_, wanted) = run(case.pipe, case), run(case.whole, case)
+    assert off(gradient, wanted) > 1e-2
