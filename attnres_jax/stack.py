@@ -102,7 +102,7 @@ def through_depth(
     refuse(implementation, scheme.no_kernel if mix.sublayers else None)
     scheme = replace(scheme, implementation=implementation, placement=placement)
     if placement:
-        x, layers = placement.leave(x), {k: _placed(layer, placement) for k, layer in layers.items()}
+        x, layers = placement.leave(x), {k: placed(layer, placement) for k, layer in layers.items()}
     if record or implementation == "reference":
         return _literal(scheme.literal(), mix, kinds, layers, x, record)
     shares = {k: (layer.params, layer.inputs) for k, layer in layers.items() if k in kinds}
@@ -110,7 +110,9 @@ def through_depth(
     return _scanned(scheme, mix, kinds, layers, shares, x, policy or policies.nothing_saveable)
 
 
-def _placed(layer, placement):
+def placed(layer: Layer, placement: Placement) -> Layer:
+    """`layer`, whose input has T whole and whose output lies as activations do between sublayers."""
+
     def apply(params, x, inputs):
         y, aux = layer.apply(params, placement.enter(x), inputs)
         return placement.leave(y), aux

@@ -24,6 +24,7 @@ from attnres_jax.parallel.chunk import Chunked, Layers, at, pick, put, put_rows,
 from attnres_jax.parallel.mesh import STAGE
 from attnres_jax.parallel.timetable import Timetable
 from attnres_jax.residuals.base import PyTree
+from attnres_jax.stack import placed
 
 
 class Parts(NamedTuple):
@@ -78,7 +79,7 @@ class Pipeline:
     """`chunked` sublayers and `model` on `mesh`, by `table`.
 
     `spec` says where B and T of activations lie on the other axes, `specs` where the layers' leaves do
-    (kind -> `PartitionSpec`s, that of the first axis left out).
+    (kind -> `PartitionSpec`s, that of the first axis left out), `columns` where the table does.
     """
 
     chunked: Chunked
@@ -87,6 +88,7 @@ class Pipeline:
     mesh: Mesh
     spec: P
     specs: Mapping[str, PyTree]
+    columns: P
 
     def loss(self, parts: Parts, batch: PyTree) -> tuple[Array, Any]:
         """(objective, reported), sums over the microbatches of `batch` [M, ...].
@@ -187,7 +189,7 @@ class _Run:
         state = self._start(self.table.slots, True)
         state = self._ticks(state, 0, ahead, True, False)
         state = self._ticks(state, ahead, ahead + both, True, True)
-        state = self._ticks(state, ahead + both, ahead + both + behind, False, True)
+        state = self._placed(self._ticks(state, ahead + both, ahead + both + behind, False, True))
         d = state.gradient
         layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
         d = d._replace(layers=layers, unembedding=d.unembedding[..., None])
@@ -370,7 +372,8 @@ class _Run:
         return _Unit(live, v, group * self.P + place, v * self.P + self.stage)
 
     def _chunk(self, now, micro):
-        layers = self.model.layers(micro)
+        layers, place = self.model.layers(micro), self.chunked.scheme.placement
+        layers = {kind: placed(layer, place) if place else layer for kind, layer in layers.items()}
         return lambda params, mix, rows: self.chunked.run(layers, mix, params, rows, now.c)
 
     def _embeds(self, now):
@@ -411,6 +414,7 @@ class _Run:
         gradient = state.gradient
         if gradient:
             layers = jax.tree.map(leaf, gradient.layers, dict(self.pipeline.specs))
-            gradient = gradient._replace(layers=layers)
+            table = lax.with_sharding_constraint(gradient.table, NamedSharding(around, self.pipeline.columns))
+            gradient = gradient._replace(layers=layers, table=table)
         kept = {name: rows(getattr(state, name)) for name in ("cache", "given", "early", "fresh")}
         return state._replace(gradient=gradient, d_cache=rows(state.d_cache), back=rows(state.back), **kept)

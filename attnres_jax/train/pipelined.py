@@ -50,6 +50,7 @@ class Pipelined:
             mesh=mesh,
             spec=self.place.spec,
             specs=_specs(model, mesh),
+            columns=P(None, "fsdp"),
         )
         self.abstract = transformer.abstract(model)
 
@@ -97,15 +98,16 @@ class Pipelined:
         )
 
     # XLA's partitioner, where some axes are manual, takes no lookup whose table and ids are cut over the same
-    # axis: ids are cut over `data`, the table's columns over `fsdp`.
+    # axis: the table's columns are cut over `fsdp`, and ids over `data` at most.
     def _embed(self, table, micro):
         table, tokens = _cut(table, None, "fsdp"), _cut(_inputs(micro), "data")
         return self.place.leave(_cut(table[tokens], "data", None, "fsdp").astype(self.model.dtype))
 
     def _embedded(self, total, d_x, micro):
-        total, tokens = _cut(total, None, "fsdp"), _cut(_inputs(micro), "data")
-        d_x = _cut(self.place.leave(d_x), "data", None, "fsdp")
-        return _cut(total.at[tokens].add(d_x.astype(total.dtype)), None, "fsdp")
+        total, tokens = _cut(total, None, "fsdp"), _cut(_inputs(micro))
+        d_x = _cut(self.place.leave(d_x), None, None, "fsdp")  # gathered before it is made wider
+        d_x = _cut(d_x.astype(total.dtype), None, None, "fsdp")
+        return _cut(total.at[tokens].add(d_x), None, "fsdp")
 
     def _layers(self, micro):
         inputs = _inputs(micro)
