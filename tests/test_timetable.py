@@ -219,3 +219,47 @@ def test_inspected(tmp_path, capsys):
 def test_inspected_in_vain(more, said, capsys):
     assert __main__.main(["inspect", "--config=lm:d12,block8", *more]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_segments_are_the_chunks(case):
+    """Each chunk's segments are its sublayers in order, no block begins or ends inside one; their numbers are
+    the schedule's."""
+    P, V, L, S = case
+    chunks = Chunks(L, S, P, V)
+    for c in range(chunks.count):
+        at, to = chunks.bounds[c : c + 2]
+        run = [s for s in chunks.segments if s.runs[c]]
+        assert [l for s in run for l in range(at + s.first, at + s.last)] == [*range(at, to)]
+        assert run == [*chunks.segments[: len(run)]]
+        for s in run:
+            spans = {1 + l // S for l in range(at + s.first, at + s.last)}
+            assert spans == {s.block[c]}
+            assert s.begins[c] == ((at + s.first) % S == 0)
+            assert s.ends[c] == ((at + s.last) % S == 0 or at + s.last == L)
+        for s in chunks.segments[len(run) :]:  # writes nothing, to a row that is there
+            assert not (s.begins[c] or s.ends[c])
+            assert s.block[c] == run[-1].block[c]
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_windows_hold_what_hops_carry(case):
+    """And beside it only what the receiver has, or what nobody has begun; rows are as many as there are."""
+    P, V, L, S = case
+    chunks = Chunks(L, S, P, V)
+    cache, complete, begun = chunks.cache, chunks.complete, chunks.begun
+    assert cache.rows == max(begun[-1] + 1, cache.window, cache.written)
+    for c in range(1, chunks.count):
+        hop = chunks.hops[c - 1]
+        window = range(cache.first[c], cache.first[c] + cache.window)
+        early = range(cache.early[c], cache.early[c] + cache.conveyor)
+        assert window.start >= 0 <= early.start
+        assert max(window.stop, early.stop) <= cache.rows
+        assert {*range(hop.first, hop.last + 1)} <= {*window}
+        assert {*range(hop.first, hop.fresh)} <= {*early}
+        fresh = range(cache.fresh[c - 1], cache.fresh[c - 1] + cache.written)
+        assert {*range(hop.fresh, hop.last + 1)} <= {*fresh}
+        assert {*range(complete[c - 1] + 1, begun[c] + 1)} <= {*fresh}
+        had = complete[c - P + 1] if c >= P else 0
+        for row in {*window, *early, *fresh} - {*range(hop.first, hop.last + 1)}:
+            assert row <= had or row > begun[c], (c, row)
