@@ -1,6 +1,7 @@
 """A pipelined model is the model: loss, gradients, evaluation; its bytes and memory are the timetable's."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -12,12 +13,14 @@ import pytest
 import toys
 
 from attnres_jax import configs, residuals
+from attnres_jax.models import transformer
 from attnres_jax.models.table import path_name
 from attnres_jax.parallel import mesh as meshes
 from attnres_jax.parallel import pipeline, timetable
 from attnres_jax.parallel.chunk import Chunked
+from attnres_jax.parallel.pipeline import Pipeline
 from attnres_jax.train import state, step
-from attnres_jax.train.loss import predictions
+from attnres_jax.train.loss import objective, predictions
 from attnres_jax.train.pipelined import Pipelined
 
 VOCAB, LENGTH, ROWS = 48, 8, 2
@@ -197,6 +200,52 @@ def test_it_composes_with_grad():
     )
     wanted = jax.jit(jax.grad(lambda p: total(p, whole)))(case.params)
     oracle.assert_close(toys.named(found), toys.named(wanted), TOLERANCE)
+
+
+@pytest.mark.slow
+def test_auxiliary_losses(monkeypatch):
+    """What sublayers return beside y is added to the objective, and has its gradient; of a layer that only
+    fills up a shorter chunk nothing is."""
+    real = transformer.layer
+
+    def layer(*args):
+        made = real(*args)
+
+        def apply(params, x, inputs):
+            y, _ = made.apply(params, x, inputs)
+            return y, jnp.sum(y**2)
+
+        return made._replace(apply=apply)
+
+    monkeypatch.setattr(transformer, "layer", layer)
+    case = made(config_of((2, 2, 4, 5), block_size=4))
+    penalty = lambda aux: 0.01 * sum(jnp.sum(a) for a in jax.tree.leaves(aux))  # noqa: E731
+    chunked, *_ = case.pipe.pipeline.args
+    case.pipe.pipeline = partial(Pipeline, replace(chunked, penalty=penalty), **case.pipe.pipeline.keywords)
+
+    def whole(params, tokens, count):
+        model = state.merge(case.whole.model, params)
+        found = case.whole.predict(model, tokens)
+        extra = penalty(model.hidden(tokens[:, :-1]).depth.aux)
+        return objective(found, count, 0.0)[0] + extra
+
+    def piped(params, tokens, count):
+        return case.pipe.loss(params, tokens, count)[0]
+
+    args = case.params, case.tokens, case.count
+    (value, gradient), (wanted_value, wanted) = (
+        jax.jit(jax.value_and_grad(way))
+        .lower(ordered(case.params), *args[1:])
+        .compile(toys.QUICK)(ordered(case.params), *args[1:])
+        for way, ordered in ((piped, case.pipe.staged), (whole, case.whole.staged))
+    )
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(piped)(case.pipe.staged(case.params), *args[1:]), value, rtol=1e-6)
+    named = [
+        {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (case.pipe.unstaged(gradient), wanted)
+    ]
+    assert off(*named) < TOLERANCE
 
 
 # Mutations: each must be seen.

@@ -253,7 +253,7 @@ def test_windows_hold_what_hops_carry(case):
         hop = chunks.hops[c - 1]
         window = range(cache.first[c], cache.first[c] + cache.window)
         early = range(cache.early[c], cache.early[c] + cache.conveyor)
-        assert window.start >= 0 <= early.start
+        assert min(window.start, early.start) >= 0
         assert max(window.stop, early.stop) <= cache.rows
         assert {*range(hop.first, hop.last + 1)} <= {*window}
         assert {*range(hop.first, hop.fresh)} <= {*early}

@@ -193,14 +193,20 @@ class _Run:
         d = state.gradient
         layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
         d = d._replace(layers=layers, unembedding=d.unembedding[..., None])
-        summed = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last")}
-        objective, reported = state.total
-        return (objective + lax.psum(state.penalty, STAGE), reported), d._replace(**summed)
+        of_all = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last")}
+        return self._found(state), d._replace(**of_all)
 
     def evaluate(self) -> Any:
         state = self._start(min(self.M, self.P), False)
         state = self._ticks(state, 0, self.table.units + self.P - 1, True, False, self._headed)
-        return state.total
+        return self._found(state)
+
+    def _found(self, state):
+        """What the head returned; to the first, the objective, auxiliary outputs add theirs."""
+        if self.chunked.penalty is None:
+            return state.total
+        objective, *others = state.total
+        return objective + lax.psum(state.penalty, STAGE), *others
 
     def _ticks(self, state, first, last, forward, backward, after=None):
         def tick(state, t):
@@ -213,26 +219,26 @@ class _Run:
         return lax.scan(tick, state, jnp.arange(first, last))[0] if last > first else state
 
     def _start(self, slots, trains):
-        cache, some = self.cache, jnp.zeros
-        room = partial(self._room, some)
+        cache, some, room = self.cache, jnp.zeros, self._room
         total = jax.eval_shape(self._head_of_nothing)
-        empty: dict[str, Any] = {"d_cache": (), "back": (), "gradient": (), "given": (), "penalty": ()}
+        empty: dict[str, Any] = {"d_cache": (), "back": (), "gradient": (), "given": ()}
         if trains:
             given = room(slots + 1, self.V) if self.chunked.parted else ()
             gradient = jax.tree.map(lambda a: some(a.shape, compute_dtype(a.dtype)), self.parts)
             back = {"d_cache": room(self.P + 1, cache.rows), "back": room(cache.window)}
-            empty = back | {"given": given, "gradient": gradient, "penalty": jnp.float32(0)}
+            empty = back | {"given": given, "gradient": gradient}
         state = _State(
             cache=room(slots + 1, cache.rows),
             early=room(cache.conveyor) if cache.conveyor else (),
             fresh=room(cache.written),
+            penalty=jnp.float32(0),
             total=jax.tree.map(lambda a: some(a.shape, a.dtype), total),
             **empty,
         )
         return self._placed(state)
 
-    def _room(self, some, *lead):
-        return jax.tree.map(lambda a: some((*lead, *a.shape), a.dtype), self.unit)
+    def _room(self, *lead):
+        return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), self.unit)
 
     def _forward(self, state, t):
         cache, now = self.cache, self._unit(t - self.stage, lambda v: v)
@@ -251,10 +257,15 @@ class _Run:
         given = state.given  # nothing, where no chunk changes what it found
         if jax.tree.leaves(given):
             given = jax.tree.map(lambda a, b: a.at[slot, now.v].set(b), given, found)
-        made, _ = self._chunk(now, micro)(pick(self.parts.layers, now.v), self.parts.mix.sublayers, rows)
+        params = pick(self.parts.layers, now.v), self.parts.mix.sublayers
+        made, penalty = self._chunk(now, micro)(*params, rows)
         rows = put_rows(rows, made, at(cache.fresh, now.c))
         return state._replace(
-            cache=put(state.cache, rows, slot), given=given, early=early, fresh=self._sent(made, 1)
+            cache=put(state.cache, rows, slot),
+            given=given,
+            early=early,
+            fresh=self._sent(made, 1),
+            penalty=state.penalty + self._live(now, penalty, penalty),
         )
 
     def _backward(self, state, t, back):
@@ -301,7 +312,6 @@ class _Run:
             d_cache=put(state.d_cache, d, place),
             back=back,
             gradient=gradient,
-            penalty=state.penalty + live(penalty, penalty),
         )
 
     def _head(self, state, ahead):
@@ -352,7 +362,7 @@ class _Run:
         return self.model.head(last, unembedding, h, micro)
 
     def _head_of_nothing(self):
-        rows = self._room(jnp.zeros, self.cache.rows)
+        rows = self._room(self.cache.rows)
         parts = self.parts
         return self._headed_once((parts.mix.output, parts.last, parts.unembedding, rows), pick(self.batch, 0))
 

@@ -43,7 +43,7 @@ class Pipelined:
         self.staged, self.unstaged = layout.staged, layout.unstaged
         scheme = replace(scheme, implementation=implementation, placement=self.place)
         table = Timetable(self.stages, virtual, config.train.accumulation)
-        self._pipeline = partial(
+        self.pipeline = partial(
             Pipeline,
             Chunked(scheme, model.kinds, chunks, REMAT[model.remat]),
             table=table,
@@ -66,7 +66,7 @@ class Pipelined:
                 self._next(last, unembedding, h, micro), micro["count"], self.config.optim.z_loss
             )
 
-        return self._pipeline(model=self._model(head)).loss(self._parts(params), batch)
+        return self.pipeline(model=self._model(head)).loss(self._parts(params), batch)
 
     def value_and_grad(
         self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
@@ -82,7 +82,7 @@ class Pipelined:
         def head(last, unembedding, h, micro):
             return jnp.sum(jnp.where(micro["mask"], self._next(last, unembedding, h, micro).nats, 0), 0)
 
-        return self._pipeline(model=self._model(head)).forward(self._parts(params), batch)
+        return self.pipeline(model=self._model(head)).forward(self._parts(params), batch)
 
     def _parts(self, params):
         whole = state.merge(self.model, params)
