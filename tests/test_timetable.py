@@ -238,7 +238,7 @@ def test_segments_are_the_chunks(case):
             assert s.begins[c] == ((at + s.first) % S == 0)
             assert s.ends[c] == ((at + s.last) % S == 0 or at + s.last == L)
         for s in chunks.segments[len(run) :]:  # writes nothing, to a row that is there
-            assert not (s.begins[c] or s.ends[c])
+            assert (s.begins[c], s.ends[c]) == (False, False)
             assert s.block[c] == run[-1].block[c]
 
 
