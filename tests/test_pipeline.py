@@ -167,7 +167,7 @@ def test_bf16_is_no_worse_than_without_a_pipeline():
         {k: np.linalg.norm(gradient[k] - wanted[k]) / np.linalg.norm(wanted[k]) for k in wanted}
         for _, gradient in (run(case.pipe, case), run(case.whole, case))
     ]
-    assert max(errors[0].values()) < 1.15 * max(errors[1].values()) < 0.1
+    assert max(errors[0].values()) < 1.15 * max(errors[1].values()) < 0.2
     assert np.mean([*errors[0].values()]) < 1.1 * np.mean([*errors[1].values()])
 
 

@@ -358,8 +358,9 @@ class _Run:
     def _headed_once(self, over, micro):
         mix, last, unembedding, rows = over
         h = self.chunked.finish(mix, rows)
-        h = lax.psum(jnp.where(self.stage == self.P - 1, h, 0), STAGE)  # of the others it is not the last
-        return self.model.head(last, unembedding, h, micro)
+        own = jnp.where(self.stage == self.P - 1, h, 0)  # on the others it is not the last
+        wide = lax.psum(own.astype(compute_dtype(h.dtype)), STAGE)  # so that cotangents are summed in fp32
+        return self.model.head(last, unembedding, wide.astype(h.dtype), micro)
 
     def _head_of_nothing(self):
         rows = self._room(self.cache.rows)
