@@ -225,6 +225,36 @@ def test_denseformer(x64):
     dense("denseformer", mixture)
 
 
+def shares(p, sources):
+    """AttnRes weights of sources [R, B, T, D]."""
+    e = np.exp([np.sum(p["query"] * p["key_scale"] * y / rms(y), -1) for y in sources])
+    return e / e.sum(0)
+
+
+def test_rms_block(x64):
+    """Blocks of 3 among 9 sublayers; sources of a read inside a block end with the raw running sum."""
+
+    def mixture(p, v, h):
+        l = len(v) - 1
+        full = [sum(y / rms(y) for y in v[i : i + 3]) for i in range(1, 3 * (l // 3) + 1, 3)]
+        sources = [v[0], *full, *([sum(v[3 * (l // 3) + 1 :])] if l % 3 else [])]
+        return np.einsum("rbt,rbtd->btd", shares(p, sources), np.stack(sources))
+
+    dense("rms_block", mixture)
+
+
+@pytest.mark.parametrize(("name", "S"), [("delta", 1), ("delta_block", 3)])
+def test_delta(name, S, x64):
+    def mixture(p, v, h):
+        l = len(v) - 1
+        sources = [v[0], *(v[i : i + S].sum(0) for i in range(1, S * (l // S) + 1, S))]
+        routed = len(sources) > 1 and "query" in p
+        a = shares(p, sources) if routed else np.zeros((len(sources), *v.shape[1:3]))
+        return v.sum(0) + np.einsum("rbt,rbtd->btd", a, np.stack(sources))
+
+    dense(name, mixture)
+
+
 def test_window(x64):
     def mixture(p, v, h):
         v = [v[0], *v[1:][-2:]]
@@ -307,6 +337,22 @@ def test_ddl_starts_by_writing_two_everywhere(x64):
         np.testing.assert_array_equal(step.beta, 1)
         X = np.asarray(scheme.advance(step, X, y))
         np.testing.assert_allclose(np.sum(step.k * X, -1), 2, rtol=1e-4)
+
+
+def test_rms_block_starts_as_the_mean_of_its_sources(x64):
+    scheme = make("rms_block")
+    record = run(scheme, started(scheme))[0]
+    v = np.asarray(record.outputs)
+    oracle.assert_close(record.mixtures[2], (v[0] + v[1] + v[2]) / 2, 1e-12)
+    oracle.assert_close(record.mixtures[3], (v[0] + np.sum(v[1:4] / rms(v[1:4]), 0)) / 2, 1e-12)
+
+
+def test_delta_starts_as_the_pre_norm_residual(x64):
+    """Times 1 + 1 / l, which the pre-norm undoes; the first read and the head's are not routed."""
+    got, want, _ = first("delta")
+    for l, (h, u) in enumerate(zip(got, want, strict=True)):
+        factor = 1 if l in (0, L) else 1 + 1 / (l + 1)
+        oracle.assert_close(h, factor * u, 1e-5)  # eps of the pre-norm
 
 
 def test_window_starts_as_the_mean_of_what_it_sees(x64):
