@@ -41,6 +41,12 @@ def test_queries_of_the_input_are_counted():
     assert asked.residual_bytes == 4 * 32 * (sum(range(1, 7)) / 6 + 2)
 
 
+def test_values_that_are_made_twice_are_counted():
+    own, shared = (inspect.cost(replace(SMALL, value_residual=share), LENGTH) for share in (0.0, 0.5))
+    assert shared.forward_flops - own.forward_flops == 2 * 32 * 16
+    assert shared.parameters == own.parameters
+
+
 def test_nothing_is_allocated():
     huge = replace(SMALL, vocab=10**6, blocks=500, width=2**14, mlp_width=2**16)
     assert inspect.cost(huge, 8).parameters > 10**12

@@ -3,10 +3,10 @@
 FLOPs: 2 for each multiply-add of the matrix products, of attention scores and values over all T
 positions (the causal half is computed and masked, so it is counted), and of every read over depth:
 key norm, score and mixture of each source, 6D in all, as the definition says (the two-phase form
-shares the key norms of a block and executes fewer). Element-wise work is not counted, the plain
-residual's addition included. What other residual schemes add is counted by XLA, of the literal form on one
-token: element-wise work included, the body of a loop once. Training is three times forward;
-rematerialisation is not counted.
+shares the key norms of a block and executes fewer). Under a value residual the first attention's values
+are made twice. Element-wise work is not counted, the plain residual's addition included. What other residual
+schemes add is counted by XLA, of the literal form on one token: element-wise work included, the body of a
+loop once. Training is three times forward; rematerialisation is not counted.
 """
 
 from collections.abc import Iterable
@@ -72,9 +72,10 @@ def cost(config: ModelConfig, length: int) -> Cost:
     counts = totals(parameters(config))
     head = config.width * config.vocab
     head_width = config.width // config.heads
+    again = config.width * config.kv_heads * head_width if config.value_residual else 0
     return Cost(
         sum(counts.values()),
-        2 * (counts["matrix"] + head),
+        2 * (counts["matrix"] + again + head),
         4 * config.blocks * config.heads * head_width * length,
         _depth_flops(config),
         _residual_bytes(config),
