@@ -3,6 +3,7 @@
 from itertools import permutations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -97,6 +98,36 @@ def test_doubly_stochastic(name, near_identity):
     np.testing.assert_allclose(H.sum(1), 1, atol=1e-6)
     gap = np.abs(H.sum(0) - 1).max()
     assert 1e-4 < gap < 1e-2 if (name, near_identity) == ("mhc", True) else gap < 1e-6
+
+
+def test_mhc_is_tokamax():
+    """Google's mHC ops (0.0.17), by our verbs: bf16 streams, fp32 coefficients, one sublayer. Their matrix is
+    ours transposed, and so the logits; their epsilons are zero here, for 2512.24880 has none."""
+    why = "tokamax (Google's kernels) is not installed: pip install tokamax"
+    ops = pytest.importorskip("tokamax.ops", reason=why)
+    B, T, eps, rng = 2, 3, 1e-6, np.random.default_rng(0)
+    scheme = make("mhc", norm_eps=eps)
+    slot = jax.tree.map(lambda a: a[0] + 0.3 * toys.draw(rng, a.shape[1:]), scheme.init(1, D).sublayers)
+    slot = toys.cast(slot, "float32")
+    s, y = (jnp.asarray(toys.draw(rng, shape), "bfloat16") for shape in ((M, B, T, D), (B, T, D)))
+
+    def turned(a):
+        """Logits of res, the last M M of them, as a matrix transposed."""
+        first, res = a[: 2 * M], a[2 * M :].reshape(M, M, *a.shape[1:])
+        return jnp.concatenate([first, res.swapaxes(0, 1).reshape(M * M, *a.shape[1:])])
+
+    flat = jnp.moveaxis(s, 0, -2).reshape(B * T, M * D)
+    base = turned(jnp.concatenate([slot[name] for name in ("pre", "post", "res")]))
+    gates = (turned(slot["phi"].reshape(M * D, -1).T), slot["scale"], base, eps, 0.0, 0.0, 2.0, 20)
+    post, comb, read = ops.mhc_pre(flat, *gates, implementation="xla")
+    after = ops.mhc_post(y.reshape(B * T, D), flat, post, comb, implementation="xla")
+
+    ours, step = scheme.read(slot, None, s, lambda h: h), scheme.step(slot, s, y)
+    tokens = lambda a: jnp.moveaxis(a, (-3, -2), (0, 1)).reshape(B * T, -1)  # noqa: E731
+    np.testing.assert_allclose(tokens(step.write), post, rtol=1e-6)
+    np.testing.assert_allclose(tokens(step.carry), comb.swapaxes(1, 2).reshape(B * T, -1), rtol=2e-5)
+    for a, b in ((tokens(ours.x), read), (tokens(scheme.write(slot, s, y)), after)):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2**-7)  # one unit of bf16
 
 
 def test_hc(x64):
