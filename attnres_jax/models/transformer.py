@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
-from attnres_jax.models.attention import attend as attention_over_time
 from attnres_jax.models.attention import Attend, with_first_values
+from attnres_jax.models.attention import attend as attention_over_time
 from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
 from attnres_jax.norm import RMSNorm
