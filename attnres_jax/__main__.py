@@ -200,7 +200,10 @@ def _inspect_arguments(parser):
         "draw the timetable of a pipeline of P stages, V virtual stages each, M microbatches, such as 4x2x8"
     )
     parser.add_argument("--pipeline", type=_pipeline, metavar="PxVxM", help=text)
-    parser.add_argument("--out", type=Path, metavar="PNG", help="with --pipeline: also as a figure")
+    text = "what the residual stream of every scheme moves, counted, at this config's size"
+    parser.add_argument("--schemes", action="store_true", help=text)
+    text = "with --pipeline: also as a figure; with --schemes: also as markdown"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=text)
 
 
 def _pipeline(text):
@@ -215,8 +218,10 @@ def _pipeline(text):
 def _inspect(args):
     if args.pipeline and args.devices:
         raise configs.UserError("--devices does not go with --pipeline, which counts stages")
-    if args.out and not args.pipeline:
-        raise configs.UserError("--out goes with --pipeline: what is printed without it has no figure")
+    if args.schemes and (args.pipeline or args.devices):
+        raise configs.UserError("--schemes goes with neither --pipeline nor --devices: it counts one token")
+    if args.out and not (args.pipeline or args.schemes):
+        raise configs.UserError("--out goes with --pipeline or --schemes: without them there is no file")
     if args.config:
         config = configs.load(args.config, args.overrides)
     else:
@@ -225,6 +230,10 @@ def _inspect(args):
         config = load_config(args.workdir)
     if args.pipeline:
         _inspect_pipeline(config, args.pipeline, args.out)
+    elif args.schemes:
+        from attnres_jax.analysis import stream
+
+        stream.report(configs.model_config(config, vocab=1), args.out)
     else:
         _inspect_model(config, args.devices)
 

@@ -249,6 +249,9 @@ KEYS: dict[str, Key] = {
         "",
         "flash: a kernel that stores no scores",
     ),
+    "model.value_residual": Key(
+        0.0, Real(0, 1, below=True), "share", "of the first attention's values in all others; 0.5: ResFormer"
+    ),
     "mesh.stage": Key(1, Whole(1, span=0), "stages", "of a pipeline, each with some of the layers; 1: none"),
     "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
     "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),
@@ -301,6 +304,8 @@ KEYS: dict[str, Key] = {
 SCHEME_KEYS = {"residual": "", "block_size": "block_size", "key_norm_eps": "eps", "streams": "streams"}
 SCHEME_KEYS |= {"depth_heads": "heads", "sinkhorn": "sinkhorn", "window": "window"}
 """Keys of the residual scheme, each with the option of `residuals.make` that it sets."""
+LATER = ("model.value_residual", "mesh.stage", "train.virtual_stages")
+"""Keys that runs did without, as with the default."""
 
 
 class Rule(NamedTuple):
@@ -428,12 +433,12 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def of_run(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's flat config, whole: it may be older than pipelines, and than the keys of other residual schemes
-    than its own."""
+    """A run's flat config, whole: it may be older than the keys of LATER, and than the keys of other residual
+    schemes than its own."""
     residual = flat.get("residual")
     read = SCHEMES[residual].reads if residual in SCHEMES else SCHEME_KEYS.values()
     idle = {key: KEYS[key].default for key, option in SCHEME_KEYS.items() if option and option not in read}
-    idle |= {key: KEYS[key].default for key in ("mesh.stage", "train.virtual_stages")}
+    idle |= {key: KEYS[key].default for key in LATER}
     return idle | dict(flat)
 
 

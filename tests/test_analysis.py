@@ -17,7 +17,7 @@ from rich.console import Console
 from attnres_jax import configs
 from attnres_jax.analysis import compare, figures
 from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
-from attnres_jax.analysis.matrix import depth_matrix
+from attnres_jax.analysis.matrix import depth_matrix, reach
 from attnres_jax.models.transformer import Transformer
 from attnres_jax.residuals import make
 from attnres_jax.schedule import BlockSchedule
@@ -94,6 +94,31 @@ def test_gradient_norm_in_order_of_depth(wrap):
     ]
     norm = jax.jit(lambda gradients: gradient_norm(gradients, "kmkma"))
     np.testing.assert_allclose(norm(wrap({"layers": layers})), expected, rtol=1e-6)
+
+
+def test_reach_of_known_matrices():
+    """Equal reads have log(l + 1), l + 1, l / 2 and no sink; reads of the newest or of the embedding alone
+    have none of it, and look back 0 or l. Scale and sign of a row are immaterial."""
+    L1, places = 7, np.arange(7)
+    equal, newest, oldest = reach(np.tri(L1)), reach(-3.0 * np.eye(L1)), reach(np.eye(1, L1).repeat(L1, 0))
+    np.testing.assert_allclose(equal.entropy, np.log(places + 1), atol=1e-15)
+    np.testing.assert_allclose(equal.effective, places + 1, rtol=1e-12)
+    np.testing.assert_allclose(equal.back, places / 2, rtol=1e-12)
+    np.testing.assert_allclose(equal.drawn, 1, rtol=1e-12)
+    for alone in (newest, oldest):
+        np.testing.assert_array_equal(alone.entropy, 0)
+        np.testing.assert_array_equal(alone.effective, 1)
+    np.testing.assert_array_equal(newest.back, 0)
+    np.testing.assert_array_equal(oldest.back, places)
+    np.testing.assert_allclose(oldest.drawn, [np.mean(places[1:] + 1), *[0] * 6])
+    np.testing.assert_allclose(newest.drawn, [0, *((i + 1) / (L1 - i) for i in range(1, L1))])
+
+
+def test_reach_by_hand():
+    found = reach(np.array([[2.0, 0, 0], [1, 3, 0], [-1, 0, 1]]))
+    np.testing.assert_allclose(found.back, [0, 0.25, 1])
+    np.testing.assert_allclose(found.effective[2], 2)
+    np.testing.assert_allclose(found.drawn, [(0.25 * 2 + 0.5 * 3) / 2, (0.75 * 2 + 0) / 2, 0.5 * 3])
 
 
 def statistics(scheme, kinds):
@@ -194,12 +219,19 @@ def test_caveats_name_the_keys():
     ]
 
 
+def reached(matrix):
+    found = reach(matrix)
+    return [*(f"{np.mean(row):.2f}" for row in found[:3]), "v0", "1.00"]
+
+
 def test_report(tmp_path, capsys):
     runs = [run("block", s, 2.5 + s / 10, blocks=8) for s in (0, 1)] + [run("plain", blocks=8)]
     compare.report(runs, tmp_path / "out")
     text = (tmp_path / "out/comparison.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    header, _, plain, block = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    header, _, plain, block = table[:4]
+    assert table[6] == ["plain", *reached(np.tri(17))]
     assert dict(zip(header, plain, strict=True))["held-out bits/byte"] == "2.5000"
     cells = dict(zip(header, block, strict=True))
     assert cells["held-out bits/byte"] == "2.5500 ± 0.0707"

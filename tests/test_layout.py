@@ -88,6 +88,7 @@ def test_residual_families_know_only_the_protocol():
         names = imported(ast.parse(file.read_text()), ("residuals", file.stem))
         inner = {n.split(".")[2] for n in names if n.startswith("attnres_jax.residuals.")}
         allowed = {"base": set(), "states": {"base"}, "ablations": {"base", "attention"}, "__init__": inner}
+        allowed |= {"followups": {"base", "attention", "ablations"}}
         assert inner <= allowed.get(file.stem, {"base", "states"}), file.name
 
 

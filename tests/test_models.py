@@ -12,6 +12,7 @@ import pytest
 import toys
 from flax import nnx
 
+from attnres_jax.models import attention, transformer
 from attnres_jax.models.layers import rope
 from attnres_jax.models.table import RULES, parameter_table, path_name
 from attnres_jax.models.transformer import REMAT, ModelConfig, Transformer, abstract
@@ -97,12 +98,14 @@ def evaluate(model, *inputs, **options):
 def decoder(config, params, tokens):
     """An ordinary pre-norm decoder, in numpy's fp64."""
     embedding = params["embed"]["embedding"]
-    h = embedding[tokens]
+    h, values = embedding[tokens], []
     for block in range(config.blocks):
         attention, mlp = (
             jax.tree.map(lambda leaf, i=block: leaf[i], params["layers"][kind]) for kind in "am"
         )
-        h = h + self_attention(config, attention, rms_norm(config, attention, h))
+        x = rms_norm(config, attention, h)
+        h = h + self_attention(config, attention, x, values)
+        values.append(np.einsum("btd,dgk->gbtk", x, attention["value"]["kernel"]))
         h = h + swiglu(mlp, rms_norm(config, mlp, h))
     head = embedding.T if config.tied else params["head"]["kernel"]
     return rms_norm(config, params, h) @ head
@@ -118,9 +121,11 @@ def swiglu(params, x):
     return ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
 
 
-def self_attention(config, params, x):
-    """Heads one by one; consecutive heads share a key and a value."""
+def self_attention(config, params, x, values=()):
+    """Heads one by one; consecutive heads share a key and a value. `values` are those of layers so far."""
     query, key, value, out = (params[name]["kernel"] for name in ("query", "key", "value", "out"))
+    own = np.einsum("btd,dgk->gbtk", x, value)
+    v = config.value_residual * (*values, own)[0] + (1 - config.value_residual) * own
     y, share = np.zeros_like(x), config.heads // config.kv_heads
     for head in range(config.heads):
         q, k = turned(x @ query[:, head], config), turned(x @ key[:, head // share], config)
@@ -128,7 +133,7 @@ def self_attention(config, params, x):
         score[:, ~np.tri(x.shape[1], dtype=bool)] = -np.inf
         weights = np.exp(score - score.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        y += weights @ (x @ value[:, head // share]) @ out[head]
+        y += weights @ v[head // share] @ out[head]
     return y
 
 
@@ -140,10 +145,11 @@ def turned(x, config):
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_plain_is_the_ordinary_decoder(tied, x64):
+@pytest.mark.parametrize(("tied", "value_residual"), [(True, 0.0), (False, 0.0), (False, 0.25)])
+def test_plain_is_the_ordinary_decoder(tied, value_residual, x64):
     """Logits, and the gradient of every parameter by central differences of the numpy decoder."""
     config, tokens = replace(DOUBLE, residual="plain", tied=tied), tokens_of(2, 8)
+    config = replace(config, value_residual=value_residual)
     model = trained(config)
     got, params = evaluate(model, tokens), pure(model)
     want = decoder(config, params, np.asarray(tokens))
@@ -167,6 +173,27 @@ def check_gradient(function, params, gradient, step=1e-5):
         expected = (moved(step) - moved(-step)) / (2 * step)
         assert abs(expected) > 1e-3
         np.testing.assert_allclose(np.vdot(slope, direction), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("residual", ["densenet", pytest.param("block", marks=pytest.mark.slow)])
+def test_later_attentions_have_the_first_ones_values(residual, x64, monkeypatch):
+    """v_1 is the first attention's own, whatever the residual scheme reads first; scanned as literal."""
+    config, tokens, seen = replace(DOUBLE, residual=residual, blocks=2), tokens_of(2, 8), []
+
+    def spy(q, k, v, segments=None, **how):
+        seen.append(v)
+        return attention.xla(q, k, v, segments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "attention_over_time", spy)
+        for share in (0.0, 0.75):
+            trained(replace(config, value_residual=share))(tokens, implementation="reference")
+    first, own, mixed_first, mixed = seen
+    oracle.assert_close(mixed_first, first, 1e-13)
+    oracle.assert_close(mixed, 0.75 * first + 0.25 * own, 1e-13)
+    model = trained(replace(config, value_residual=0.75))
+    literal, scanned = (evaluate(model, tokens, implementation=how) for how in ("reference", None))
+    oracle.assert_close(scanned, literal, 1e-11)
 
 
 # Who sees whom ----------------------------------------------------------------------------------

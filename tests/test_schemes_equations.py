@@ -3,6 +3,7 @@
 from itertools import permutations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -97,6 +98,36 @@ def test_doubly_stochastic(name, near_identity):
     np.testing.assert_allclose(H.sum(1), 1, atol=1e-6)
     gap = np.abs(H.sum(0) - 1).max()
     assert 1e-4 < gap < 1e-2 if (name, near_identity) == ("mhc", True) else gap < 1e-6
+
+
+def test_mhc_is_tokamax():
+    """Google's mHC ops (0.0.17), by our verbs: bf16 streams, fp32 coefficients, one sublayer. Their matrix is
+    ours transposed, and so the logits; their epsilons are zero here, for 2512.24880 has none."""
+    why = "tokamax (Google's kernels) is not installed: pip install tokamax"
+    ops = pytest.importorskip("tokamax.ops", reason=why)
+    B, T, eps, rng = 2, 3, 1e-6, np.random.default_rng(0)
+    scheme = make("mhc", norm_eps=eps)
+    slot = jax.tree.map(lambda a: a[0] + 0.3 * toys.draw(rng, a.shape[1:]), scheme.init(1, D).sublayers)
+    slot = toys.cast(slot, "float32")
+    s, y = (jnp.asarray(toys.draw(rng, shape), "bfloat16") for shape in ((M, B, T, D), (B, T, D)))
+
+    def turned(a):
+        """Logits of res, the last M M of them, as a matrix transposed."""
+        first, res = a[: 2 * M], a[2 * M :].reshape(M, M, *a.shape[1:])
+        return jnp.concatenate([first, res.swapaxes(0, 1).reshape(M * M, *a.shape[1:])])
+
+    flat = jnp.moveaxis(s, 0, -2).reshape(B * T, M * D)
+    base = turned(jnp.concatenate([slot[name] for name in ("pre", "post", "res")]))
+    gates = (turned(slot["phi"].reshape(M * D, -1).T), slot["scale"], base, eps, 0.0, 0.0, 2.0, 20)
+    post, comb, read = ops.mhc_pre(flat, *gates, implementation="xla")
+    after = ops.mhc_post(y.reshape(B * T, D), flat, post, comb, implementation="xla")
+
+    ours, step = scheme.read(slot, None, s, lambda h: h), scheme.step(slot, s, y)
+    tokens = lambda a: jnp.moveaxis(a, (-3, -2), (0, 1)).reshape(B * T, -1)  # noqa: E731
+    np.testing.assert_allclose(tokens(step.write), post, rtol=1e-6)
+    np.testing.assert_allclose(tokens(step.carry), comb.swapaxes(1, 2).reshape(B * T, -1), rtol=2e-5)
+    for a, b in ((tokens(ours.x), read), (tokens(scheme.write(slot, s, y)), after)):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2**-7)  # one unit of bf16
 
 
 def test_hc(x64):
@@ -225,6 +256,36 @@ def test_denseformer(x64):
     dense("denseformer", mixture)
 
 
+def shares(p, sources):
+    """AttnRes weights of sources [R, B, T, D]."""
+    e = np.exp([np.sum(p["query"] * p["key_scale"] * y / rms(y), -1) for y in sources])
+    return e / e.sum(0)
+
+
+def test_rms_block(x64):
+    """Blocks of 3 among 9 sublayers; sources of a read inside a block end with the raw running sum."""
+
+    def mixture(p, v, h):
+        l = len(v) - 1
+        full = [sum(y / rms(y) for y in v[i : i + 3]) for i in range(1, 3 * (l // 3) + 1, 3)]
+        sources = [v[0], *full, *([sum(v[3 * (l // 3) + 1 :])] if l % 3 else [])]
+        return np.einsum("rbt,rbtd->btd", shares(p, sources), np.stack(sources))
+
+    dense("rms_block", mixture)
+
+
+@pytest.mark.parametrize(("name", "S"), [("delta", 1), ("delta_block", 3)])
+def test_delta(name, S, x64):
+    def mixture(p, v, h):
+        l = len(v) - 1
+        sources = [v[0], *(v[i : i + S].sum(0) for i in range(1, S * (l // S) + 1, S))]
+        routed = len(sources) > 1 and "query" in p
+        a = shares(p, sources) if routed else np.zeros((len(sources), *v.shape[1:3]))
+        return v.sum(0) + np.einsum("rbt,rbtd->btd", a, np.stack(sources))
+
+    dense(name, mixture)
+
+
 def test_window(x64):
     def mixture(p, v, h):
         v = [v[0], *v[1:][-2:]]
@@ -307,6 +368,22 @@ def test_ddl_starts_by_writing_two_everywhere(x64):
         np.testing.assert_array_equal(step.beta, 1)
         X = np.asarray(scheme.advance(step, X, y))
         np.testing.assert_allclose(np.sum(step.k * X, -1), 2, rtol=1e-4)
+
+
+def test_rms_block_starts_as_the_mean_of_its_sources(x64):
+    scheme = make("rms_block")
+    record = run(scheme, started(scheme))[0]
+    v = np.asarray(record.outputs)
+    oracle.assert_close(record.mixtures[2], (v[0] + v[1] + v[2]) / 2, 1e-12)
+    oracle.assert_close(record.mixtures[3], (v[0] + np.sum(v[1:4] / rms(v[1:4]), 0)) / 2, 1e-12)
+
+
+def test_delta_starts_as_the_pre_norm_residual(x64):
+    """Times 1 + 1 / l, which the pre-norm undoes; the first read and the head's are not routed."""
+    got, want, _ = first("delta")
+    for l, (h, u) in enumerate(zip(got, want, strict=True)):
+        factor = 1 if l in (0, L) else 1 + 1 / (l + 1)
+        oracle.assert_close(h, factor * u, 1e-5)  # eps of the pre-norm
 
 
 def test_window_starts_as_the_mean_of_what_it_sees(x64):

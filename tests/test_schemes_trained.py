@@ -25,9 +25,9 @@ NEW = [
 ]
 
 
-def one_update(shape, name):
+def one_update(shape, name, **changes):
     """Loss and gradient of a batch, with the scheme's parameters away from their start."""
-    run = programs(shape, residual=name)
+    run = programs(shape, residual=name, **changes)
     state, rng = run.create(), np.random.default_rng(1)
     for key, leaf in sorted(state.params["mix"].items()):
         drawn = np.asarray(leaf) + np.float32(rng.standard_normal(leaf.shape) * 0.1)
@@ -38,10 +38,18 @@ def one_update(shape, name):
     return jax.device_get((out.loss, {k.split("/mu/")[1]: v for k, v in moments.items() if "/mu/" in k}))
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_eight_devices_are_one(name):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *(pytest.param(*p.values, {}, marks=p.marks, id=p.values[0]) for p in NEW),
+        pytest.param("block", {"model__value_residual": 0.5}, marks=pytest.mark.slow, id="value_residual"),
+    ],
+)
+def test_eight_devices_are_one(name, changes):
     """Streams and histories included: the loss and every gradient, beside its own size and all gradients'."""
-    (loss, gradient), (wanted_loss, wanted) = one_update((2, 2, 2), name), one_update((1, 1, 1), name)
+    (loss, gradient), (wanted_loss, wanted) = (
+        one_update(shape, name, **changes) for shape in ((2, 2, 2), (1, 1, 1))
+    )
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     assert gradient.keys() == wanted.keys()
     sizes = {path: np.linalg.norm(leaf.ravel()) for path, leaf in wanted.items()}

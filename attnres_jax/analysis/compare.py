@@ -18,6 +18,7 @@ from attnres_jax import configs, residuals
 from attnres_jax.analysis import figures
 from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.figures import Series
+from attnres_jax.analysis.matrix import reach
 from attnres_jax.analysis.statistics import Difference, difference
 
 BOOKKEEPING = (
@@ -183,6 +184,21 @@ def table(runs: Sequence[Run]) -> tuple[Table, str]:
     return rich, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def reach_table(runs: Sequence[Run]) -> tuple[Table, str]:
+    """Where reads look, by M of one token, mean over seeds: for the terminal, and as markdown."""
+    header = ["scheme", "entropy, nats", "effective depth", "look-back, sublayers", "largest sink", "draws"]
+    rich, lines = Table(*header), [header, ["---", *["---:"] * (len(header) - 1)]]
+    for group in groups(runs):
+        found = [reach(run.matrix) for run in group.runs.values()]
+        means = [np.mean([getattr(one, name) for one in found]) for name in ("entropy", "effective", "back")]
+        drawn = np.mean([one.drawn for one in found], 0)
+        sink = int(np.argmax(drawn))
+        cells = [*(f"{mean:.2f}" for mean in means), f"v{sink}", f"{drawn[sink]:.2f}"]
+        rich.add_row(group.label, *cells)
+        lines.append([group.label, *cells])
+    return rich, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def report(runs: Sequence[Run], out: Path) -> None:
     """Print the table; write comparison.md, comparison.json and the figures into folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -192,9 +208,11 @@ def report(runs: Sequence[Run], out: Path) -> None:
     console.print(rich)
     for note in notes:
         console.print(f"Not like for like: {note}", style="yellow", markup=False)
+    where, reaching = reach_table(runs)
+    console.print(where)
     drawn = draw(runs, out)
     text = ["# Comparison\n", *(f"> **Not like for like:** {note}\n" for note in notes), markdown]
-    text.append(LEGEND)
+    text += [LEGEND, reaching, REACHING]
     text += [f"## {caption}\n\n![{caption}]({path.name})\n" for path, caption in drawn]
     (out / "comparison.md").write_text("\n".join(text))
     (out / "comparison.json").write_text(json.dumps(_json(runs, notes), indent=1) + "\n")
@@ -207,6 +225,13 @@ byte, paired by seed (negative is better), then half its 95 % interval (Student'
 detectable difference: the true one that so many seeds of that spread show with power 80 % at a
 two-sided level of 5 %; one seed has neither. Train loss: nats per token, mean of the last tenth of the
 logged steps. Speed: median. Held-out numbers are those of the evaluation after the last step.
+"""
+
+
+REACHING = """
+By the shares |M| of each read, of the last token of the first held-out window, mean over reads and seeds.
+Effective depth: exp(entropy), the outputs a read has, were they equal. Look-back: the newest output is at 0.
+Sink: the output that draws most, v0 the embedding, as a multiple of an equal share of the reads that see it.
 """
 
 

@@ -10,6 +10,7 @@ from jax.scipy.special import entr
 from jaxtyping import Array, Float
 
 from attnres_jax.axes import compute_dtype
+from attnres_jax.residuals import AttnRes
 from attnres_jax.residuals.base import Scheme
 from attnres_jax.stack import Record
 
@@ -27,7 +28,7 @@ class DepthStatistics(NamedTuple):
 
 def weighs_outputs(scheme: Scheme) -> bool:
     """Whether the sources of a read are outputs or sums of them, so that its weights say who is read."""
-    return scheme.append_only and not scheme.matrices
+    return isinstance(scheme, AttnRes) or (scheme.append_only and not scheme.matrices)
 
 
 def depth_statistics(record: Record) -> DepthStatistics:

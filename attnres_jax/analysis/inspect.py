@@ -1,12 +1,12 @@
-"""What a model is made of, before it is trained: parameters, FLOPs and residual bytes per token.
+"""What a model is made of, before it is trained: parameters, FLOPs and bytes of the residual stream.
 
 FLOPs: 2 for each multiply-add of the matrix products, of attention scores and values over all T
 positions (the causal half is computed and masked, so it is counted), and of every read over depth:
 key norm, score and mixture of each source, 6D in all, as the definition says (the two-phase form
-shares the key norms of a block and executes fewer). Element-wise work is not counted, the plain
-residual's addition included. What other residual schemes add is counted by XLA, of the literal form on one
-token: element-wise work included, the body of a loop once. Training is three times forward;
-rematerialisation is not counted.
+shares the key norms of a block and executes fewer). Under a value residual the first attention's values
+are made twice. Element-wise work is not counted, the plain residual's addition included. What other residual
+schemes add is counted by XLA, of the literal form on one token: element-wise work included, the body of a
+loop once. Training is three times forward; rematerialisation is not counted.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from attnres_jax.analysis.stream import moved
 from attnres_jax.models.table import Parameter, parameter_table
 from attnres_jax.models.transformer import ModelConfig, abstract
 from attnres_jax.residuals import AttnRes, Plain
-from attnres_jax.residuals.ablations import InputQuery
-from attnres_jax.residuals.states import States
 from attnres_jax.stack import Layer, through_depth
 
 
@@ -35,8 +34,6 @@ class Cost(NamedTuple):
     matmul_flops: int
     attention_flops: int
     depth_flops: int
-    residual_bytes: float
-    """Traffic of the residual path, per token and sublayer, by Table 1 of the paper."""
 
     @property
     def forward_flops(self) -> int:
@@ -68,16 +65,16 @@ def active(config: ModelConfig) -> int:
 
 
 def cost(config: ModelConfig, length: int) -> Cost:
-    """Parameters, FLOPs and bytes of a model on sequences of `length` tokens."""
+    """Parameters and FLOPs of a model on sequences of `length` tokens."""
     counts = totals(parameters(config))
     head = config.width * config.vocab
     head_width = config.width // config.heads
+    again = config.width * config.kv_heads * head_width if config.value_residual else 0
     return Cost(
         sum(counts.values()),
-        2 * (counts["matrix"] + head),
+        2 * (counts["matrix"] + again + head),
         4 * config.blocks * config.heads * head_width * length,
         _depth_flops(config),
-        _residual_bytes(config),
     )
 
 
@@ -110,19 +107,9 @@ def _counted(scheme, sublayers, width):
     return int(stage.cost_analysis()["flops"])
 
 
-def _residual_bytes(config):
-    """Table 1: 3D of one state, (8m+2)D + 2m^2 + 4m of m states, as of mHC's; (S+N)D for Full, dispatch
-    unit S = 1, and for what else reads every source; (N/S+5)D for Block. Reads in one phase: R sources, the
-    stream and a write."""
-    schedule = config.scheme.schedule(config.sublayers)
-    size, number, D = schedule.block_size, len(schedule.sizes), config.width
-    if isinstance(config.scheme, Plain | States):
-        m = getattr(config.scheme, "streams", 1)
-        elements = 3 * D if m == 1 else (8 * m + 2) * D + 2 * m * m + 4 * m
-    elif isinstance(config.scheme, InputQuery):
-        elements = (sum(schedule.counts[:-1]) / config.sublayers + 2) * D
-    else:
-        elements = (size + number if size == 1 else number / size + 5) * D
+def residual_bytes(config: ModelConfig) -> float:
+    """Traffic of the residual stream, per token and sublayer, forward, by the rule of `analysis.stream`."""
+    elements = moved(config.scheme, config.sublayers).total * config.width
     return float(elements * np.dtype(config.dtype).itemsize)
 
 
@@ -149,8 +136,9 @@ def _cost_table(config, length):
     rich = Table("", BASELINE, config.residual, "added", "added %", title=title, caption=DEFINITION)
     for column in rich.columns[1:]:
         column.justify = "right"
-    for name, field in ROWS.items():
-        a, b = getattr(plain, field), getattr(own, field)
+    found = {name: [getattr(c, field) for c in (plain, own)] for name, field in ROWS.items()}
+    found |= {BYTES: [residual_bytes(c) for c in (replace(config, residual=BASELINE), config)]}
+    for name, (a, b) in found.items():
         rich.add_row(name, f"{a:,.0f}", f"{b:,.0f}", f"{b - a:+,.0f}", _percent(a, b))
     return rich
 
@@ -162,14 +150,15 @@ ROWS: dict[str, Any] = {
     "FLOPs: reads over depth": "depth_flops",
     "FLOPs: forward": "forward_flops",
     "FLOPs: training (3 x)": "training_flops",
-    "bytes: residual path, a sublayer": "residual_bytes",
 }
+
+BYTES = "bytes: residual stream, a sublayer"
 
 BASELINE = "plain"
 
 DEFINITION = (
     "2 FLOPs a multiply-add: matrix products, attention scores and values at all positions "
-    "(no causal saving), 6D a source of a read. Bytes: Table 1 of the paper."
+    "(no causal saving), 6D a source of a read. Bytes: forward, one kernel between two sublayers."
 )
 
 

@@ -5,6 +5,7 @@ in the outputs. `apply` is that linear map; where no channel enters another, its
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,35 @@ def rank(matrix: Float[np.ndarray, "reads outputs"], tolerance: float = 1e-9) ->
 def row_sums(matrix: Float[Array, "reads outputs *rest"]) -> Float[Array, "reads *rest"]:
     """Of each read, over outputs: one where reads are averages, l + 1 in the plain residual."""
     return jnp.sum(matrix, 1)
+
+
+class Reach(NamedTuple):
+    """Where one token's reads look, by the absolute entries of M as shares of their row; see `reach`."""
+
+    entropy: Float[np.ndarray, " reads"]
+    """Of a read's shares, in nats."""
+    effective: Float[np.ndarray, " reads"]
+    """exp(entropy): how many outputs a read has, were its shares equal."""
+    back: Float[np.ndarray, " reads"]
+    """Mean look-back distance in sublayers; the newest output is at 0, the embedding at l."""
+    drawn: Float[np.ndarray, " outputs"]
+    """What an output draws, times an equal share, in the mean over the reads that see it: above 1 a sink."""
+
+
+def reach(matrix: Float[np.ndarray, "reads outputs"]) -> Reach:
+    """Entropy, effective depth, look-back distance and sinks of one token's M (one channel, or their mean).
+
+    p[l, i] = |M[l, i]| / sum_j |M[l, j]|: -sum_i p log p, its exponential, sum_i p (l - i), and of output
+    i the mean over reads l >= i, l > 0, of p (l + 1): the read of the embedding alone has no choice.
+    """
+    shares = np.abs(np.asarray(matrix, np.float64))
+    shares /= np.maximum(shares.sum(1, keepdims=True), np.finfo(float).tiny)
+    places = np.arange(len(shares))
+    entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), 1)
+    equal = (shares * (places + 1)[:, None])[1:]
+    seen = np.tri(len(shares), dtype=bool)[1:]
+    drawn = np.sum(equal * seen, 0) / seen.sum(0)
+    return Reach(entropy, np.exp(entropy), np.sum(shares * (places[:, None] - places), 1), drawn)
 
 
 def _apply(scheme, record, v):

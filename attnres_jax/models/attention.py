@@ -5,6 +5,7 @@ XLA writes the scores of every pair of tokens, [B,H,T,T], to memory; the other t
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.axes import compute_dtype
 from attnres_jax.choice import Choice
 from attnres_jax.placement import Placement, platform
+
+Attend = Callable[[Array, Array, Array, Array | None], Array]
+"""`attend(q, k, v, segments)`: q [B,T,H,K], k and v [B,T,G,K] -> [B,T,H,K]."""
 
 IMPLEMENTATIONS = ("auto", "xla", "flash")
 LANES = 128
@@ -62,6 +67,20 @@ def attend(
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return xla(q, k, v, segments)
+
+
+def with_first_values(attend: Attend, first: Float[Array, "B T G K"], share: float) -> Attend:
+    """Value residual learning (arXiv 2410.17897): `v_n <- share v_1 + (1 - share) v_n`, v_1 = `first`.
+
+    `share` = 1/2 is the paper's Identity-ResFormer. No residual scheme: the stream over depth is as it was.
+    """
+
+    def mixed(q, k, v, segments):
+        wide = compute_dtype(v.dtype)
+        v_mixed = share * first.astype(wide) + (1 - share) * v.astype(wide)
+        return attend(q, k, v_mixed.astype(v.dtype), segments)
+
+    return mixed
 
 
 def xla(

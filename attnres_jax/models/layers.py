@@ -1,6 +1,5 @@
 """Sublayers of a language model: each has a pre-norm and is a function of the normed input."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -8,8 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnres_jax.axes import compute_dtype
-
-Attend = Callable[[Array, Array, Array, Array | None], Array]
+from attnres_jax.models.attention import Attend
 
 
 class Attention(nnx.Module):

@@ -11,13 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax import residuals
 from attnres_jax.axes import compute_dtype
+from attnres_jax.models.attention import Attend, with_first_values
 from attnres_jax.models.attention import attend as attention_over_time
-from attnres_jax.models.layers import Attend, Attention, SwiGLU, rms_norm, types
+from attnres_jax.models.layers import Attention, SwiGLU, rms_norm, types
 from attnres_jax.nnx import DepthMix
 from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
 from attnres_jax.residuals import Scheme
-from attnres_jax.stack import DepthOutput, Layer, through_depth
+from attnres_jax.stack import DepthOutput, Layer, start, through_depth
 
 KINDS = {"a": Attention, "m": SwiGLU}
 REMAT = {
@@ -32,7 +33,8 @@ class ModelConfig:
     """Sizes and choices; `blocks` are transformer blocks, `block_size` counts sublayers (two per block).
 
     `remat` says what a sublayer keeps for the backward pass, beside the stream that enters it; `attention`
-    what attends over time (`models.attention.choose`).
+    what attends over time (`models.attention.choose`); `value_residual` the share that the first attention's
+    values have in those of all others.
     """
 
     vocab: int
@@ -48,6 +50,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["nothing", "dots", "everything"] = "nothing"
     attention: Literal["auto", "xla", "flash"] = "auto"
+    value_residual: float = 0.0
     residual: str = residuals.DEFAULT
     block_size: int = 8
     depth_heads: int = 16
@@ -133,11 +136,13 @@ class Transformer(nnx.Module):
         """All but the head, for a loss that never holds the logits whole."""
         if positions is None:
             positions = counting(tokens)
-        attend = attending(self.config, implementation, placement)
+        attend, x = attending(self.config, implementation, placement), self.embed(tokens)
+        if self.config.value_residual:
+            attend = with_first_values(attend, self._first_values(x, placement), self.config.value_residual)
         depth = through_depth(
             *(self.config.scheme, self.mix.mix, self.config.kinds),
             {k: layer(stack, positions, segments, attend) for k, stack in self.layers.items()},
-            self.embed(tokens),
+            x,
             policy=REMAT[self.config.remat],
             implementation=implementation,
             placement=placement,
@@ -145,6 +150,14 @@ class Transformer(nnx.Module):
         )
         h = self.norm(depth.h)
         return Hidden(placement.enter(h) if placement else h, depth)
+
+    def _first_values(self, x, placement):
+        """[B,T,G,K]: what the first attention makes of its read, asked for ahead of the loop over depth."""
+        graph, params = nnx.split(self.layers["a"])
+        first = nnx.merge(graph, jax.tree.map(lambda a: a[0], params))
+        norm = RMSNorm(first.norm.scale[...], first.norm.epsilon)
+        read = start(self.config.scheme.literal(), self.mix.mix, self.config.sublayers, x).read(norm)
+        return first.value(placement.enter(read.x) if placement else read.x)
 
     @property
     def unembedding(self) -> Float[Array, "D V"]:

@@ -47,6 +47,9 @@ SCHEMES = {
     "block_unnormed": Entry("attention", "AttnRes", ("block_size",), {"key_norm": False}),
     "block_heads": Entry("attention", "AttnRes", ("block_size", "eps", "heads")),
     "block_additive": Entry("ablations", "Additive", ("block_size", "eps")),
+    "rms_block": Entry("followups", "RMSBlock", ("block_size", "eps")),
+    "delta": Entry("followups", "Delta", ("eps",)),
+    "delta_block": Entry("followups", "Delta", ("block_size", "eps")),
 }
 DEFAULT = "block"
 OPTIONS = ("block_size", "eps", "heads", "norm_eps", "sinkhorn", "streams", "sublayers", "window")

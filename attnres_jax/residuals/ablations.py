@@ -1,5 +1,6 @@
 """Attention Residuals with more, or less, to learn: switches that are not a rule of weighing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,30 +69,30 @@ class Additive(AttnRes):
     """The mixture is added to the plain residual stream, which it else replaces: `h = u_l + sum_i a_i v_i`.
 
     The plain stream `u_l` is the sum of all outputs so far, which the sources of any read sum to: source i
-    has the weight `1 + a_i`. Our definition; the paper has none.
+    has the weight `1 + a_i`. Our definition; the paper has none. `followups.Delta` is what came after.
     """
 
     def open(self, mix, history, begins=True) -> tuple[Any, Any]:
         slots, inner = super().open(mix, history, begins)
-        return slots, Summed(inner, _total(history))
+        return slots, Summed(inner, total(history))
 
     def begin(self, history):
         return super().begin(history.inner)
 
     def read(self, slot, history, stream, norm, row=None):
         read = super().read(slot, history.inner, stream, lambda h: h, row)
-        plain = history.total if read.stream is None else _sum(history.total, read.stream)
-        mixture = _sum(read.mixture, plain)
+        plain = history.total if read.stream is None else plus(history.total, read.stream)
+        mixture = plus(read.mixture, plain)
         weights = None if read.weights is None else 1 + read.weights
         return Read(norm(mixture), mixture, weights, history._replace(inner=read.history), read.stream)
 
     def finish(self, mix, history):
         read = super().finish(mix, history)
-        mixture = _sum(read.mixture, _total(history))
+        mixture = plus(read.mixture, total(history))
         return Read(mixture, mixture, None if read.weights is None else 1 + read.weights)
 
 
-def _total(history):
+def total(history: Sequence[depth.Rows]) -> Float[Array, "B T D"]:
     """The sum of all visible rows, rounded once: what the plain residual stream is."""
     found = 0.0
     for array, n in history:
@@ -101,7 +102,8 @@ def _total(history):
     return jnp.asarray(found, history[0].array.dtype)
 
 
-def _sum(a, b):
+def plus(a: Any, b: Any) -> Float[Array, "B T D"]:
+    """Of two [B,T,D] the sum, rounded once."""
     dtype = compute_dtype(a.dtype)
     return (a.astype(dtype) + b.astype(dtype)).astype(a.dtype)
 
@@ -151,7 +153,7 @@ class InputQuery(AttnRes):
 
     def _asked(self, slot, rows):
         """The read of `rows` by each token's own query."""
-        u = _total(rows)
+        u = total(rows)
         u = RMSNorm(jnp.ones(u.shape[-1]), self.eps)(u).astype(slot.w.dtype)
         w = slot.w + jnp.einsum("btd,dk->btk", u, slot.matrix, precision="highest")
 

@@ -92,7 +92,7 @@ class AttnRes(Scheme):
         done, rows = ops.depth_mix(w, history, logits=_of_rows(slot.logits, history), **self._how)
         return slot, Opened(rows, Once(done))
 
-    def begin(self, history):
+    def begin(self, history) -> Any:
         return jnp.zeros_like(history.rows[0].array[0]) if self.two_phase else None
 
     def read(self, slot, history, stream, norm, row=None):

@@ -56,8 +56,9 @@ class DeepNorm(States):
 class Keel(DeepNorm):
     """`h <- Norm(a h + f(Norm h))`, `a = L` (arXiv 2601.19895): the inner norm is the sublayer's pre-norm.
 
-    From table 5 of 2603.15031 and the abstract, the full text was not at hand: `a = L`, in sublayers, is
-    our choice. Nothing starts smaller than elsewhere.
+    From table 5 of 2603.15031, the abstract and others' summaries, the full text was not at hand. These agree
+    on two RMSNorms with learned scales and on `a`, the number of layers; that it counts sublayers is our
+    choice. Nothing starts smaller than elsewhere: the abstract has no special initialisation.
     """
 
     prenorm: ClassVar = True
