@@ -15,6 +15,8 @@ from attnres_jax import configs
 from attnres_jax.configs.base import KEYS, Choice
 from attnres_jax.configs.sweeps import SWEEPS
 
+UNFINISHED = 75
+"""As sysexits.h has it: try again."""
 CONFIG = "NAME[:ARG] in the package (quick:block, lm:d12,block8), or FILE.py[:ARG]"
 
 
@@ -79,7 +81,9 @@ def _keys() -> str:
 def _train_arguments(parser):
     parser.add_argument("--config", required=True, metavar="CONFIG", help=CONFIG)
     text = "folder of the run: config, metrics, checkpoints"
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help=text)
+    text = f"exit with {UNFINISHED} where the run was stopped before its end: a launcher is to start it again"
+    parser.add_argument("--requeue", action="store_true", help=text)
 
 
 def _train(args):
@@ -91,11 +95,12 @@ def _train(args):
     processes.join()
     if config.train.compile_cache:
         compiled.keep()
-    train(config, args.workdir)
+    if not train(config, args.workdir) and args.requeue:
+        sys.exit(UNFINISHED)
 
 
 def _eval_arguments(parser):
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help="folder of a run")
     parser.add_argument("--step", type=_whole, metavar="N", help="checkpoint (default: newest)")
 
 
@@ -131,8 +136,8 @@ def _sample(args):
 
 
 def _compare_arguments(parser):
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="folder of a run")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("workdirs", nargs="+", type=_path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to write")
 
 
 def _compare(args):
@@ -145,7 +150,7 @@ def _sweep_arguments(parser):
     text = "; ".join(f"{name}: {sweep.purpose}" for name, sweep in SWEEPS.items())
     parser.add_argument("name", choices=tuple(SWEEPS), help=text)
     text = "folder of the runs, each in one of its own, and of the table at the end"
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help=text)
     text = f"what the rows change (default quick): {CONFIG}"
     parser.add_argument("--config", default="quick", metavar="CONFIG", help=text)
     text = "seeds of each row (default: the sweep's own)"
@@ -167,8 +172,8 @@ def _sweep(args):
 
 
 def _scaling_arguments(parser):
-    parser.add_argument("workdirs", nargs="*", type=Path, metavar="DIR", help="folder of a run")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("workdirs", nargs="*", type=_path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to write")
     parser.add_argument("--table2", action="store_true", help="the paper's Table 2 in place of runs")
     text = "C: 6nd is 6 x active parameters x tokens, exact what inspect counts (default 6nd)"
     parser.add_argument("--compute", choices=("6nd", "exact"), default="6nd", help=text)
@@ -193,14 +198,14 @@ def _scaling(args):
 def _inspect_arguments(parser):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="CONFIG", help=CONFIG)
-    which.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a run")
+    which.add_argument("--workdir", type=_path, metavar="DIR", help="folder of a run")
     text = "of the mesh (default: those of this machine); they need not be there"
     parser.add_argument("--devices", type=_whole, metavar="N", help=text)
     text = (
         "draw the timetable of a pipeline of P stages, V virtual stages each, M microbatches, such as 4x2x8"
     )
     parser.add_argument("--pipeline", type=_pipeline, metavar="PxVxM", help=text)
-    parser.add_argument("--out", type=Path, metavar="PNG", help="with --pipeline: also as a figure")
+    parser.add_argument("--out", type=_path, metavar="PNG", help="with --pipeline: also as a figure")
 
 
 def _pipeline(text):
@@ -261,10 +266,10 @@ def _inspect_pipeline(config, counts, out):
 def _data_arguments(parser):
     add = parser.add_argument
     add("action", choices=("prepare",), help="prepare: make a corpus, or go on where it was stopped")
-    add("--text", required=True, type=Path, metavar="DIR", help="folder of text files, UTF-8")
+    add("--text", required=True, type=_path, metavar="DIR", help="folder of text files, UTF-8")
     text = "which of them, may be given again (default **/*.txt)"
     add("--glob", action="append", metavar="PATTERN", help=text)
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to make, for data.corpus")
+    add("--out", required=True, type=_path, metavar="DIR", help="folder to make, for data.corpus")
     text = "bytes, or byte pairs by sentencepiece (default bytes)"
     add("--tokenizer", choices=("bytes", "bpe"), default="bytes", help=text)
     add("--vocab", type=_whole, metavar="N", help="token values of bpe (default 8192)")
@@ -290,6 +295,14 @@ def _bench_arguments(parser):
 
 def _bench(args):
     args.measured(args)
+
+
+def _path(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no path: mount it (gcsfuse, NFS) and name the folder there; see launch/README.md"
+        )
+    return Path(text)
 
 
 def _whole(text: str) -> int:

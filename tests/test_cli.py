@@ -39,6 +39,18 @@ def quick_run():
     return SimpleNamespace(config=configs.load("quick:plain"), model=object(), step=7)
 
 
+@pytest.mark.parametrize(("finished", "words", "code"), [(True, 1, 0), (False, 1, 75), (False, 0, 0)])
+def test_a_stopped_run_says_so_to_launchers(called, finished, words, code):
+    called(loop, "train", finished)
+    command = ["train", "--config=quick", "--workdir=runs/a", *["--requeue"][:words]]
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            __main__.main(command)
+        assert stopped.value.code == code
+    else:
+        assert __main__.main(command) == 0
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         __main__.main(["--help"])
@@ -135,6 +147,7 @@ def test_inspect(called, quick_run, tmp_path, monkeypatch):
         ("train --config=quick --workdir=a --config.train.steps", "--config.KEY=VALUE"),
         ("train --config=quick --workdir=a --steps=1", "'--steps=1' is not understood by train"),
         ("train --conf=quick --workdir=a", "required: --config"),
+        ("train --config=quick --workdir=gs://a/b", "'gs://a/b' is no path: mount it"),
         ("eval --workdir=a --config.seed=1", "'--config.seed=1' is not understood by eval"),
         ("inspect --workdir=a --config.seed=1", "'--config.seed=1' is not understood by inspect"),
         ("inspect", "--config --workdir is required"),
