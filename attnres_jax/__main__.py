@@ -1,10 +1,11 @@
-"""The command line: `python -m attnres_jax train|eval|sample|compare|sweep|scaling|inspect|data|bench`.
+"""The command line: `python -m attnres_jax COMMAND`; `--help` names them.
 
 Each command imports what it needs when it runs, so that help and mistakes are answered at once. A
 mistake of the user's ends in one line and exit code 2; another exception is a bug, shown whole.
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import NamedTuple, NoReturn
 from attnres_jax import configs
 from attnres_jax.configs.base import KEYS, Choice
 from attnres_jax.configs.sweeps import SWEEPS
+from attnres_jax.residuals import SCHEMES
 
 UNFINISHED = 75
 """As sysexits.h has it: try again."""
@@ -263,6 +265,31 @@ def _inspect_pipeline(config, counts, out):
         raise configs.UserError(str(error)) from None
 
 
+def _compile_arguments(parser):
+    add = parser.add_argument
+    add("--config", required=True, metavar="CONFIG", help=CONFIG)
+    text = "slice to compile for, as libtpu names it: v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x1"
+    add("--topology", required=True, metavar="CHIP:SHAPE", help=text)
+    text = "slices, joined by a network that only mesh.data crosses (default 1)"
+    add("--slices", type=_count, default=1, metavar="N", help=text)
+    add("--vocab", type=_whole, metavar="N", help="token values (default: those of data.corpus)")
+    text = "residuals to compile beside it, such as plain"
+    add("--beside", nargs="+", choices=tuple(SCHEMES), default=[], metavar="NAME", help=text)
+    text = "changes to try, each compiled, where it does not fit (default 4)"
+    add("--tries", type=_whole, default=4, metavar="N", help=text)
+    add("--out", metavar="FILE", help="JSON to write")
+
+
+def _compile(args):
+    config = configs.load(args.config, args.overrides)
+    from attnres_jax.bench import target
+
+    words = {key: getattr(args, key) for key in ("topology", "slices", "vocab", "beside", "tries", "out")}
+    code = target.run("aot", [json.dumps(words | {"config": configs.to_flat(config)})])
+    if code:
+        sys.exit(code)  # the child has said why
+
+
 def _data_arguments(parser):
     add = parser.add_argument
     add("action", choices=("prepare",), help="prepare: make a corpus, or go on where it was stopped")
@@ -380,6 +407,11 @@ COMMANDS = {
         *(_inspect, _inspect_arguments),
         "Parameters, where they lie on a mesh, FLOPs and bytes per token, and what AttnRes adds.",
         "--config=lm:d12,block8 --devices=8 --config.mesh.tensor=4",
+    ),
+    "compile": Command(
+        *(_compile, _compile_arguments),
+        "Compile the train step for a TPU slice, with no TPU: does it fit, what does it move and take.",
+        "--config=lm:d12,block8 --topology=v5e:4x4 --config.mesh.fsdp=4",
     ),
     "data": Command(
         *(_data, _data_arguments),

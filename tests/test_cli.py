@@ -19,7 +19,7 @@ from attnres_jax.models import sample
 from attnres_jax.models.tokenizer import Bytes
 from attnres_jax.train import checkpoint, data, evaluate, loop, runs, workdir
 
-COMMANDS = ("train", "eval", "sample", "compare", "sweep", "scaling", "inspect", "data", "bench")
+COMMANDS = ("train", "eval", "sample", "compare", "sweep", "scaling", "inspect", "compile", "data", "bench")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_help_of_each_command(name, capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert __main__.COMMANDS[name].purpose in text
-    assert (f"  {list(KEYS)[-1]} " in text) == (name in ("train", "inspect", "sweep"))
+    assert (f"  {list(KEYS)[-1]} " in text) == (name in ("train", "inspect", "sweep", "compile"))
     assert max(map(len, text.splitlines())) <= 110
 
 
