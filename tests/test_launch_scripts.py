@@ -16,6 +16,9 @@ from pathlib import Path
 
 import cluster
 import pytest
+from test_bench import needs_libtpu
+
+from attnres_jax.bench import target
 
 ROOT = Path(__file__).parent.parent
 LAUNCH, GOLDEN = ROOT / "launch", ROOT / "tests/golden/launch"
@@ -386,6 +389,34 @@ def test_a_host_for_real(tmp_path):
     host("start", *WORDS)
     (tmp_path / "end").touch()
     wait_for(lambda: host("code") == "0")
+
+
+ON_A_CHIP = """
+import jax, jax.numpy as jnp
+from attnres_jax.bench import target
+place = jax.sharding.SingleDeviceSharding(target.topology("v5e:2x2")[0])
+jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=place)).compile()
+"""
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "code"), [("", 0), ("--xla_no_such_flag=1", 1)])
+def test_libtpu_knows_the_flags(more, code):
+    """Of env.sh; it would say so if it did not."""
+    read = subprocess.run(
+        ["bash", "-c", "WORKDIR=/runs/a; source launch/env.sh; echo $LIBTPU_INIT_ARGS"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+    )
+    flags = {"LIBTPU_INIT_ARGS": f"{read.stdout.strip()} {more}"}
+    words = [sys.executable, "-c", ON_A_CHIP]
+    ran = subprocess.run(words, env=os.environ | target.ENVIRONMENT | flags, capture_output=True, check=False)
+    assert (ran.returncode != 0) == bool(code), ran.stderr
 
 
 @pytest.mark.slow

@@ -68,11 +68,11 @@ def knobs(config: Config, vocab: int, devices: int, memory: Memory) -> list[Knob
     """
     found = []
     for values in (accumulations, remats, fsdps, chunks):
-        tried = [
-            Knob(c, p) for c, p in values(config, vocab, devices, memory) if _legal(config, c, vocab, devices)
-        ]
-        likely = [knob for knob in tried if knob.predicted is None or knob.predicted <= memory.available]
-        found += likely[:1]
+        for changes, predicted in values(config, vocab, devices, memory):
+            likely = predicted is None or predicted <= memory.available
+            if likely and _legal(config, changes, vocab, devices):
+                found.append(Knob(changes, predicted))
+                break
     return found
 
 

@@ -75,8 +75,6 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     Raises:
       UserError: where no such slice exists; names those that do.
     """
-    from jax.experimental import topologies
-
     chip, _, shape = name.partition(":")
     legal = chip in SHAPES and re.fullmatch(SHAPES[chip], shape)
     sides = [int(side) for side in shape.split("x")] if legal else []
@@ -85,6 +83,8 @@ def topology(name: str, slices: int = 1) -> list[Any]:
             f"topology {name!r} does not exist: v5e and v6e have {', '.join(FLAT.values())}; v4, v5p and "
             "tpu7x have 2x2x1, 2x2x2, 2x2x4, 2x4x4 and multiples of 4, smallest first, as v5p:4x4x8 is"
         )
+    from jax.experimental import topologies
+
     several = {"num_slices": slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
 
