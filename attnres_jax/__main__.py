@@ -1,10 +1,11 @@
-"""The command line: `python -m attnres_jax train|eval|sample|compare|sweep|scaling|inspect|data|bench`.
+"""The command line: `python -m attnres_jax COMMAND`; `--help` names them.
 
 Each command imports what it needs when it runs, so that help and mistakes are answered at once. A
 mistake of the user's ends in one line and exit code 2; another exception is a bug, shown whole.
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,7 +15,10 @@ from typing import NamedTuple, NoReturn
 from attnres_jax import configs
 from attnres_jax.configs.base import KEYS, Choice
 from attnres_jax.configs.sweeps import SWEEPS
+from attnres_jax.residuals import SCHEMES
 
+UNFINISHED = 75
+"""As sysexits.h has it: try again."""
 CONFIG = "NAME[:ARG] in the package (quick:block, lm:d12,block8), or FILE.py[:ARG]"
 
 
@@ -79,7 +83,9 @@ def _keys() -> str:
 def _train_arguments(parser):
     parser.add_argument("--config", required=True, metavar="CONFIG", help=CONFIG)
     text = "folder of the run: config, metrics, checkpoints"
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help=text)
+    text = f"exit with {UNFINISHED} where the run was stopped before its end: a launcher is to start it again"
+    parser.add_argument("--requeue", action="store_true", help=text)
 
 
 def _train(args):
@@ -91,11 +97,12 @@ def _train(args):
     processes.join()
     if config.train.compile_cache:
         compiled.keep()
-    train(config, args.workdir)
+    if not train(config, args.workdir) and args.requeue:
+        sys.exit(UNFINISHED)
 
 
 def _eval_arguments(parser):
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help="folder of a run")
     parser.add_argument("--step", type=_whole, metavar="N", help="checkpoint (default: newest)")
 
 
@@ -131,8 +138,8 @@ def _sample(args):
 
 
 def _compare_arguments(parser):
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="folder of a run")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("workdirs", nargs="+", type=_path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to write")
 
 
 def _compare(args):
@@ -145,7 +152,7 @@ def _sweep_arguments(parser):
     text = "; ".join(f"{name}: {sweep.purpose}" for name, sweep in SWEEPS.items())
     parser.add_argument("name", choices=tuple(SWEEPS), help=text)
     text = "folder of the runs, each in one of its own, and of the table at the end"
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help=text)
     text = f"what the rows change (default quick): {CONFIG}"
     parser.add_argument("--config", default="quick", metavar="CONFIG", help=text)
     text = "seeds of each row (default: the sweep's own)"
@@ -167,8 +174,8 @@ def _sweep(args):
 
 
 def _scaling_arguments(parser):
-    parser.add_argument("workdirs", nargs="*", type=Path, metavar="DIR", help="folder of a run")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("workdirs", nargs="*", type=_path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to write")
     parser.add_argument("--table2", action="store_true", help="the paper's Table 2 in place of runs")
     text = "C: 6nd is 6 x active parameters x tokens, exact what inspect counts (default 6nd)"
     parser.add_argument("--compute", choices=("6nd", "exact"), default="6nd", help=text)
@@ -193,7 +200,7 @@ def _scaling(args):
 def _inspect_arguments(parser):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="CONFIG", help=CONFIG)
-    which.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a run")
+    which.add_argument("--workdir", type=_path, metavar="DIR", help="folder of a run")
     text = "of the mesh (default: those of this machine); they need not be there"
     parser.add_argument("--devices", type=_whole, metavar="N", help=text)
     text = (
@@ -203,7 +210,7 @@ def _inspect_arguments(parser):
     text = "what the residual stream of every scheme moves, counted, at this config's size"
     parser.add_argument("--schemes", action="store_true", help=text)
     text = "with --pipeline: also as a figure; with --schemes: also as markdown"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--out", type=_path, metavar="FILE", help=text)
 
 
 def _pipeline(text):
@@ -267,13 +274,38 @@ def _inspect_pipeline(config, counts, out):
         raise configs.UserError(str(error)) from None
 
 
+def _compile_arguments(parser):
+    add = parser.add_argument
+    add("--config", required=True, metavar="CONFIG", help=CONFIG)
+    text = "slice to compile for, as libtpu names it: v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x1"
+    add("--topology", required=True, metavar="CHIP:SHAPE", help=text)
+    text = "slices, joined by a network that only mesh.data crosses (default 1)"
+    add("--slices", type=_count, default=1, metavar="N", help=text)
+    add("--vocab", type=_whole, metavar="N", help="token values (default: those of data.corpus)")
+    text = "residuals to compile beside it, such as plain"
+    add("--beside", nargs="+", choices=tuple(SCHEMES), default=[], metavar="NAME", help=text)
+    text = "changes to try, each compiled, where it does not fit (default 4)"
+    add("--tries", type=_whole, default=4, metavar="N", help=text)
+    add("--out", metavar="FILE", help="JSON to write")
+
+
+def _compile(args):
+    config = configs.load(args.config, args.overrides)
+    from attnres_jax.bench import target
+
+    words = {key: getattr(args, key) for key in ("topology", "slices", "vocab", "beside", "tries", "out")}
+    code = target.run("aot", [json.dumps(words | {"config": configs.to_flat(config)})])
+    if code:
+        sys.exit(code)  # the child has said why
+
+
 def _data_arguments(parser):
     add = parser.add_argument
     add("action", choices=("prepare",), help="prepare: make a corpus, or go on where it was stopped")
-    add("--text", required=True, type=Path, metavar="DIR", help="folder of text files, UTF-8")
+    add("--text", required=True, type=_path, metavar="DIR", help="folder of text files, UTF-8")
     text = "which of them, may be given again (default **/*.txt)"
     add("--glob", action="append", metavar="PATTERN", help=text)
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to make, for data.corpus")
+    add("--out", required=True, type=_path, metavar="DIR", help="folder to make, for data.corpus")
     text = "bytes, or byte pairs by sentencepiece (default bytes)"
     add("--tokenizer", choices=("bytes", "bpe"), default="bytes", help=text)
     add("--vocab", type=_whole, metavar="N", help="token values of bpe (default 8192)")
@@ -299,6 +331,14 @@ def _bench_arguments(parser):
 
 def _bench(args):
     args.measured(args)
+
+
+def _path(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no path: mount it (gcsfuse, NFS) and name the folder there; see launch/README.md"
+        )
+    return Path(text)
 
 
 def _whole(text: str) -> int:
@@ -376,6 +416,11 @@ COMMANDS = {
         *(_inspect, _inspect_arguments),
         "Parameters, where they lie on a mesh, FLOPs and bytes per token, and what AttnRes adds.",
         "--config=lm:d12,block8 --devices=8 --config.mesh.tensor=4",
+    ),
+    "compile": Command(
+        *(_compile, _compile_arguments),
+        "Compile the train step for a TPU slice, with no TPU: does it fit, what does it move and take.",
+        "--config=lm:d12,block8 --topology=v5e:4x4 --config.mesh.fsdp=4",
     ),
     "data": Command(
         *(_data, _data_arguments),

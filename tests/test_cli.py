@@ -19,7 +19,7 @@ from attnres_jax.models import sample
 from attnres_jax.models.tokenizer import Bytes
 from attnres_jax.train import checkpoint, data, evaluate, loop, runs, workdir
 
-COMMANDS = ("train", "eval", "sample", "compare", "sweep", "scaling", "inspect", "data", "bench")
+COMMANDS = ("train", "eval", "sample", "compare", "sweep", "scaling", "inspect", "compile", "data", "bench")
 
 
 @pytest.fixture
@@ -39,6 +39,18 @@ def quick_run():
     return SimpleNamespace(config=configs.load("quick:plain"), model=object(), step=7)
 
 
+@pytest.mark.parametrize(("finished", "words", "code"), [(True, 1, 0), (False, 1, 75), (False, 0, 0)])
+def test_a_stopped_run_says_so_to_launchers(called, finished, words, code):
+    called(loop, "train", finished)
+    command = ["train", "--config=quick", "--workdir=runs/a", *["--requeue"][:words]]
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            __main__.main(command)
+        assert stopped.value.code == code
+    else:
+        assert __main__.main(command) == 0
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         __main__.main(["--help"])
@@ -55,7 +67,7 @@ def test_help_of_each_command(name, capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert __main__.COMMANDS[name].purpose in text
-    assert (f"  {list(KEYS)[-1]} " in text) == (name in ("train", "inspect", "sweep"))
+    assert (f"  {list(KEYS)[-1]} " in text) == (name in ("train", "inspect", "sweep", "compile"))
     assert max(map(len, text.splitlines())) <= 110
 
 
@@ -135,6 +147,7 @@ def test_inspect(called, quick_run, tmp_path, monkeypatch):
         ("train --config=quick --workdir=a --config.train.steps", "--config.KEY=VALUE"),
         ("train --config=quick --workdir=a --steps=1", "'--steps=1' is not understood by train"),
         ("train --conf=quick --workdir=a", "required: --config"),
+        ("train --config=quick --workdir=gs://a/b", "'gs://a/b' is no path: mount it"),
         ("eval --workdir=a --config.seed=1", "'--config.seed=1' is not understood by eval"),
         ("inspect --workdir=a --config.seed=1", "'--config.seed=1' is not understood by inspect"),
         ("inspect", "--config --workdir is required"),

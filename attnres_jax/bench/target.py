@@ -6,6 +6,7 @@ The environment must be set before JAX is imported, so the commands that compile
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ SLICES = {
     "7x": {2 * n: f"tpu7x:{shape}" for n, shape in CUBE.items()},
 }
 """Names that libtpu knows, by chip and number of devices; 7x has two devices a chip."""
+_FLAT = "|".join(FLAT.values())
+_CUBE = r"2x2x1|2x2x2|2x2x4|2x4x4|(?:[48]|12|16|20|24)(?:x(?:[48]|12|16|20|24)){2}"
+SHAPES = {"v4": _CUBE, "v5e": _FLAT, "v5p": _CUBE, "v6e": _FLAT, "tpu7x": _CUBE}
+"""Of every chip, as patterns: libtpu takes others too, and makes something of them."""
 
 WHOLE_PRODUCTS = {"LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"}
 """Parameters are gathered whole before a product. Cut into windows, products would trade HBM bytes, which are
@@ -62,6 +67,26 @@ def devices(chip: str, count: int) -> list[Any]:
         raise UserError(f"no slice of {chip} has {count} devices: at most {max(SLICES[chip])}")
     name = SLICES[chip][size]
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[:count]
+
+
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """The devices of a slice named as libtpu does, `v5p:4x4x8`, or of several that a network joins.
+
+    Raises:
+      UserError: where no such slice exists; names those that do.
+    """
+    chip, _, shape = name.partition(":")
+    legal = chip in SHAPES and re.fullmatch(SHAPES[chip], shape)
+    sides = [int(side) for side in shape.split("x")] if legal else []
+    if not sides or (sides != sorted(sides) and shape != CUBE[4]):
+        raise UserError(
+            f"topology {name!r} does not exist: v5e and v6e have {', '.join(FLAT.values())}; v4, v5p and "
+            "tpu7x have 2x2x1, 2x2x2, 2x2x4, 2x4x4 and multiples of 4, smallest first, as v5p:4x4x8 is"
+        )
+    from jax.experimental import topologies
+
+    several = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
 
 
 def info(device: Any) -> Any:

@@ -42,6 +42,8 @@ class Compiled(NamedTuple):
     """Bytes that are live at the peak beyond the arguments, of one device."""
     heap: int
     """Bytes of the heap that the compiler lays these out in, with what lies idle between them."""
+    peak: int
+    """Bytes of one device at the peak, arguments and code among them."""
     seconds: float
     """That the compiler took."""
 
@@ -70,9 +72,11 @@ def shape_of(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compiled(config: Config, devices: list[Any], implementation: str | None = None) -> Compiled:
+def compiled(
+    config: Config, devices: list[Any], implementation: str | None = None, vocab: int = VOCAB
+) -> Compiled:
     """The update of `config` on `devices`, which need not be at hand."""
-    run = step.programs(config, VOCAB, devices, implementation=implementation)
+    run = step.programs(config, vocab, devices, implementation=implementation)
     tokens = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), np.int32, sharding=run.place)
     start = time.monotonic()
     # So that what asks for the platform or the chip while it is traced is told of the target.
@@ -81,8 +85,9 @@ def compiled(config: Config, devices: list[Any], implementation: str | None = No
     text, memory = program.as_text(), program.memory_analysis()
     if text is None or memory is None:
         raise UserError("this compiler does not tell what it made: use the libtpu of requirements/tpu.txt")
-    peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
-    return Compiled(text, peak, memory.temp_size_in_bytes, time.monotonic() - start)
+    beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    whole = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    return Compiled(text, beside, memory.temp_size_in_bytes, whole, time.monotonic() - start)
 
 
 def wide(row: Row, batch: int, length: int, width: int) -> bool:

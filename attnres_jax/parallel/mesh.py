@@ -2,7 +2,8 @@
 
 `data` and `fsdp` divide the batch (fsdp the parameters too), `tensor` the heads, the MLP's channels and the
 vocabulary, and between sublayers the time axis; `stage` divides the layers (`pipeline.py`). `expert` has
-size 1 so far.
+size 1 so far. Of several slices, which only a network joins (DCN), each has whole rows of `data`: one sum of
+gradients an update crosses it.
 """
 
 import functools
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,10 +44,28 @@ def sizes(wanted: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 def make_mesh(wanted: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (None: all there are), in an order that suits their links."""
+    """The mesh over `devices` (None: all there are), in an order that suits their links.
+
+    Raises:
+      ConfigError: where sizes do not fit the devices, or slices do not divide `data`.
+    """
     devices = devices or available()
     found = sizes(wanted, len(devices))
-    return jax.make_mesh(tuple(found.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    # A GPU's slice is its host: there every axis may go between them.
+    slices = 1 if devices[0].platform == "gpu" else len({getattr(d, "slice_index", 0) for d in devices})
+    if found["data"] % slices:
+        raise ConfigError(
+            f"mesh.data = {found['data']} must be a multiple of the {slices} slices: of the mesh axes only "
+            f"data goes over the network between them; each has {len(devices) // slices} devices"
+        )
+    within, across = found | {"data": found["data"] // slices}, dict.fromkeys(AXES, 1) | {"data": slices}
+    # jax.make_mesh refuses slices, and axes that are part of an axis of links, as 8 is of v6e's 4x4.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        order = mesh_utils.create_hybrid_device_mesh((*within.values(),), (*across.values(),), **options)
+    else:
+        order = mesh_utils.create_device_mesh((*within.values(),), **options)
+    return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def available() -> Sequence[Any]:

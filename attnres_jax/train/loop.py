@@ -24,14 +24,15 @@ from attnres_jax.train.step import Programs, Updated, check_finite, programs
 from attnres_jax.train.trace import Trace
 
 
-def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) -> None:
+def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) -> bool:
     """Train, or continue what stands in `folder`, until the end, `train.stop_after` or a signal.
 
-    On the mesh of the config over `devices` (None: all there are), with all processes together.
+    On the mesh of the config over `devices` (None: all there are), with all processes together. Whether the
+    run is at its end.
     """
     since = time.perf_counter()
     with stopping.lost_processes(), workdir.disk(folder), stopping.signals() as stop:
-        _train(config, folder, devices, stop, since)
+        return _train(config, folder, devices, stop, since)
 
 
 def _train(config, folder, devices, stop, since):
@@ -49,7 +50,7 @@ def _train(config, folder, devices, stop, since):
         start, steps = int(state.step), config.train.steps
         if workdir.finished(folder, start, steps):
             _say(f"{folder} is finished: {steps} updates; nothing to do")
-            return
+            return True
         _say(_announcement(folder, config, state, run))
         # 4. The log as it was then.
         log = MetricLog(folder, start, config, run, corpus, since)
@@ -64,6 +65,7 @@ def _train(config, folder, devices, stop, since):
                 _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
             log.time(int(state.step))
         _say(log.spent())
+        return int(state.step) == steps
 
 
 class _Loop(NamedTuple):

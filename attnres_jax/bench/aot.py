@@ -1,0 +1,257 @@
+"""`python -m attnres_jax compile`: a config's train step, compiled for a slice that need not be there.
+
+The real update (`train.step`: forward, backward, optimizer, kernels and all) goes through libtpu's compiler;
+what comes out is read, nothing is run and no parameter is made. Whether it fits is what the compiler says.
+"""
+
+import json
+import math
+import re
+import resource
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from attnres_jax import configs
+from attnres_jax.analysis import inspect
+from attnres_jax.bench import collectives, cost, fit, hlo, reads, report, roofline, target, traffic
+from attnres_jax.configs import Config, UserError
+from attnres_jax.parallel import mesh as meshes
+from attnres_jax.train.data import open_corpus
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class TooLarge(Exception):
+    """The compiler's own word: bytes that a device needs, and that it has."""
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(f"needs {needed} of {available} bytes")
+        self.needed, self.available = needed, available
+
+
+class Slice(NamedTuple):
+    """What is compiled for."""
+
+    name: str
+    devices: list[Any]
+    chip: cost.Chip
+    clock: float
+    memory: int
+    """Bytes of HBM a device."""
+
+
+def found_slice(name: str, slices: int) -> Slice:
+    """By libtpu's name."""
+    devices = target.topology(name, slices)
+    about = target.info(devices[0])
+    clock = roofline.CLOCK[name.partition(":")[0].removeprefix("tpu")]
+    called = f"{slices} x {name}" if slices > 1 else name
+    return Slice(called, devices, target.chip(devices[0]), clock, about.hbm_capacity_bytes * about.num_cores)
+
+
+def compiled(config: Config, vocab: int, devices: list[Any]) -> traffic.Compiled:
+    """The update of `config` on `devices`.
+
+    Raises:
+      TooLarge: where it does not fit their memory.
+    """
+    try:
+        return traffic.compiled(config, devices, vocab=vocab)
+    except jax.errors.JaxRuntimeError as error:
+        raise too_large(str(error)) or error from None
+
+
+def too_large(said: str) -> TooLarge | None:
+    """What a compiler that ran out of memory said; None where it failed for another reason."""
+    if "RESOURCE_EXHAUSTED" not in said:
+        return None
+    sizes = re.findall(r"\(?([\d.]+)([KMGT]?)\)?", said[said.find("Ran out of memory") :])
+    numbers = [int(float(number) * UNITS[unit]) for number, unit in sizes if unit]
+    return TooLarge(*numbers[:2]) if len(numbers) >= 2 else None
+
+
+def measure(config: Config, vocab: int, on: Slice) -> dict[str, Any]:
+    """What the compiler says of one arm; `fits` is false where it would not have it."""
+    parameters, moments = fit.state(config, vocab, len(on.devices))
+    start = time.monotonic()
+    try:
+        program = compiled(config, vocab, on.devices)
+    except TooLarge as over:
+        rest = over.needed - parameters - moments
+        memory = fit.Memory(parameters, moments, parameters, rest, over.available)
+        return _said(memory, False) | {"compile_seconds": round(time.monotonic() - start, 1)}
+    memory = fit.Memory(parameters, moments, parameters, program.peak - parameters - moments, on.memory)
+    return (
+        _said(memory, True)
+        | {"compile_seconds": round(program.seconds, 1)}
+        | _read(program, config, vocab, on)
+    )
+
+
+def _said(memory, fits):
+    return {"fits": fits, "memory": memory._asdict() | {"needed": memory.needed}}
+
+
+def _read(program, config, vocab, on):
+    sizes, model = meshes.sizes(config.mesh.to_dict(), len(on.devices)), configs.model_config(config, vocab)
+    over = math.prod(sizes[axis] for axis in meshes.BATCH)
+    shape = {
+        "data.batch": config.data.batch // config.train.accumulation // over,
+        "mesh.fsdp": 1,
+        "data.length": config.data.length,
+        "model.width": config.model.width // sizes["tensor"],
+    }
+    kernels = traffic.attention_kernels(shape) | reads.KERNELS
+    module = hlo.parse(program.text)
+    rows, planned = cost.rows(module, kernels), collectives.schedule(module, kernels, on.chip, on.clock)
+    every = collectives.totals(planned.collectives)
+    tokens = config.data.batch * config.data.length
+    wanted = inspect.cost(model, config.data.length).training_flops * tokens / len(on.devices)
+    return {
+        "kernels": sorted({cost.kernel_name(row.name) for row in rows if row.kind == "kernel"}),
+        "flops": sum(row.flops * row.times for row in rows),
+        "hbm_bytes": sum(row.bytes for row in rows),
+        "model_flops": wanted,
+        "roofline_seconds": cost.seconds(rows, on.chip),
+        "estimate_seconds": planned.seconds,
+        "estimate_mfu": wanted / on.chip.flops_per_second / planned.seconds,
+        "collectives": [total._asdict() for total in every],
+        "exposed_share": sum(t.exposed for t in every) / (sum(t.bytes for t in every) or 1.0),
+    }
+
+
+def advice(config: Config, vocab: int, on: Slice, said: dict[str, Any], tries: int) -> list[dict[str, Any]]:
+    """Knobs that were tried by compiling, in order, until one fits."""
+    memory = fit.Memory(**{k: v for k, v in said["memory"].items() if k != "needed"})
+    tried: list[dict[str, Any]] = []
+    for knob in fit.knobs(config, vocab, len(on.devices), memory)[:tries]:
+        print(f"{on.name}: does not fit; trying {knob}", file=sys.stderr, flush=True)
+        found = measure(fit.changed(config, knob.changes), vocab, on)
+        tried.append({"knob": str(knob), "predicted": knob.predicted} | found)
+        if found["fits"]:
+            break
+    return tried
+
+
+def main(words: list[str]) -> int:
+    """`words` is one JSON object: config, topology, slices, vocab, beside, tries, out."""
+    args = json.loads(words[0])
+    config = configs.from_flat(args["config"])
+    try:
+        vocab = args["vocab"] or open_corpus(config.data.corpus).vocab
+        on = found_slice(args["topology"], args["slices"])
+        names = dict.fromkeys([config.residual, *args["beside"]])
+        arms = {
+            name: _arm(fit.changed(config, {"residual": name}), vocab, on, args["tries"]) for name in names
+        }
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    whole = report.provenance(f"{on.devices[0].device_kind}, compiled for and not run")
+    whole |= {"topology": on.name, "devices": len(on.devices), "vocab": vocab, "config": args["config"]}
+    # Of this process: the compiler is a library in it.
+    whole |= {"arms": arms, "compile_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    show(whole)
+    report.write(whole, args["out"])
+    return 0 if arms[config.residual]["fits"] else 1
+
+
+def _arm(config, vocab, on, tries):
+    print(f"{on.name}: compiling {config.residual}", file=sys.stderr, flush=True)
+    said = measure(config, vocab, on)
+    return said if said["fits"] else said | {"tried": advice(config, vocab, on, said, tries)}
+
+
+def show(whole: dict[str, Any]) -> None:
+    """The report for people."""
+    console, arms = Console(), whole["arms"]
+    on = f"{whole['topology']}, {whole['devices']} devices"
+    console.print(_table(f"One update on {on}: bytes and FLOPs of a device", arms, SIZES))
+    fitting = {name: arm for name, arm in arms.items() if arm["fits"]}
+    if fitting:
+        console.print(_table("Time: an estimate, links not counted", fitting, TIMES, CAPTION))
+        console.print(_collectives(fitting))
+    for name, arm in arms.items():
+        for line in verdict(name, arm):
+            console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"memory of the compiler: {_bytes(whole['compile_memory'])}", highlight=False)
+
+
+def verdict(name: str, arm: dict[str, Any]) -> list[str]:
+    """Whether it fits; where not, what was tried, and what to change."""
+    needed, available = (_bytes(arm["memory"][key]) for key in ("needed", "available"))
+    if arm["fits"]:
+        return [f"{name}: fits, {needed} of {available}"]
+    lines = [f"{name}: does not fit, {needed} of {available}"]
+    for one in arm["tried"]:
+        outcome = "fits" if one["fits"] else "does not fit"
+        by = f" (arithmetic said {_bytes(one['predicted'])})" if one["predicted"] else ""
+        lines.append(f"  {one['knob']}: compiled, {outcome}, {_bytes(one['memory']['needed'])}{by}")
+    if not any(one["fits"] for one in arm["tried"]):
+        lines.append(
+            "  no single change of accumulation, remat, fsdp or vocab_chunks is enough: use more devices"
+        )
+    return lines
+
+
+SIZES = {
+    "parameters": lambda arm: _bytes(arm["memory"]["parameters"]),
+    "optimizer": lambda arm: _bytes(arm["memory"]["optimizer"]),
+    "temporaries at the peak": lambda arm: _bytes(arm["memory"]["temporaries"]),
+    "  of them gradients, at least": lambda arm: _bytes(arm["memory"]["gradients"]),
+    "needed": lambda arm: _bytes(arm["memory"]["needed"]),
+    "HBM": lambda arm: _bytes(arm["memory"]["available"]),
+    "FLOPs of matrix products": lambda arm: f"{arm['flops']:.3g}" if arm["fits"] else "",
+    "HBM bytes moved": lambda arm: _bytes(arm["hbm_bytes"]) if arm["fits"] else "",
+    "compile time, s": lambda arm: f"{arm['compile_seconds']:.0f}",
+}
+TIMES = {
+    "step by the compiler's cycles, ms": lambda arm: f"{1e3 * arm['estimate_seconds']:.1f}",
+    "step by the roofline, ms": lambda arm: f"{1e3 * arm['roofline_seconds']:.1f}",
+    "MFU by the compiler's cycles": lambda arm: f"{arm['estimate_mfu']:.1%}",
+}
+CAPTION = (
+    "The compiler's estimate of cycles of each instruction, a public clock (10 %), rooflines for kernels; "
+    "collectives take no time here. MFU counts the model's FLOPs as inspect does, no rematerialisation."
+)
+
+
+def _table(title, arms, rows, caption=None):
+    rich = Table("", *arms, title=title, caption=caption)
+    for column in rich.columns[1:]:
+        column.justify = "right"
+    for name, value in rows.items():
+        rich.add_row(name, *(value(arm) for arm in arms.values()))
+    return rich
+
+
+def _collectives(arms):
+    title = "Collectives of an update, received by a device"
+    caption = "Exposed: with no compute between start and done. Needed: of the links, to hide the rest."
+    rich = Table("residual", "kind", "runs", "bytes", "exposed", "needed GB/s", title=title, caption=caption)
+    for column in rich.columns[2:]:
+        column.justify = "right"
+    for name, arm in arms.items():
+        for t in arm["collectives"]:
+            needed = f"{t['needed'] / 1e9:.1f}" if t["needed"] else ""
+            share = f"{t['exposed'] / t['bytes']:.0%}" if t["bytes"] else ""
+            rich.add_row(name, t["kind"], f"{t['runs']:g}", _bytes(t["bytes"]), share, needed)
+        rich.add_section()
+    return rich
+
+
+def _bytes(number):
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""`compile` without a compiler: arithmetic of memory, what is tried and in which order, what is said."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from test_bench import needs_libtpu
+
+from attnres_jax import __main__, configs
+from attnres_jax.bench import aot, fit, target
+
+GB, VOCAB, DEVICES = 10**9, 32768, 16
+SAID = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+    "HLO temporaries (23.06G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee errors/error_1000"
+)
+
+
+def config(*words):
+    return configs.load("lm:d12,block8", [f"--config.{word}" for word in words])
+
+
+def memory(config, temporaries, available=16 * GB):
+    parameters, moments = fit.state(config, VOCAB, DEVICES)
+    return fit.Memory(parameters, moments, parameters, temporaries, available)
+
+
+def tried(config, temporaries, **more):
+    return [str(knob) for knob in fit.knobs(config, VOCAB, DEVICES, memory(config, temporaries, **more))]
+
+
+def test_the_state_by_hand():
+    """fp32 parameters and two moments, whole or over four devices; the vectors are on every device."""
+    whole, moments = fit.state(config(), VOCAB, DEVICES)
+    d, layers = 768, 12
+    matrices = layers * (4 * d * d + 3 * d * 2048) + VOCAB * d
+    assert matrices * 4 < whole < matrices * 4 * 1.001
+    assert moments == 2 * whole
+    cut, _ = fit.state(config("mesh.fsdp=4"), VOCAB, DEVICES)
+    assert cut - (whole - matrices * 4) == matrices
+
+
+def test_what_fits():
+    assert fit.Memory(1, 2, 1, 7, 10).fits
+    assert not fit.Memory(1, 2, 1, 8, 10).fits
+
+
+def test_the_order_of_knobs():
+    """The cheapest first, of each the least value that should do; remat is tried, whatever comes of it."""
+    c = config("data.batch=256", "model.remat=everything", "train.vocab_chunks=2")
+    assert tried(c, 14_900_000_000) == [
+        "--config.train.accumulation=2",
+        "--config.model.remat=nothing",
+        "--config.mesh.data=8 --config.mesh.fsdp=2",
+        "--config.train.vocab_chunks=4",  # 16 x 1024 tokens: 4.3 GB of logits and cotangents, now in halves
+    ]
+    assert tried(c, 50 * GB) == ["--config.train.accumulation=4", "--config.model.remat=nothing"]
+    # No more sequences to part with, nothing to forget: parameters are what is too much.
+    c = config("data.batch=16", "model.blocks=160", "train.vocab_chunks=64")
+    assert tried(c, 6 * GB) == ["--config.mesh.data=8 --config.mesh.fsdp=2"]
+    assert tried(c, 30 * GB) == []
+
+
+def test_knobs_are_legal():
+    """A device keeps whole sequences in a microbatch: of 48 over 16 devices a third, not half."""
+    c = config("data.batch=48")
+    assert "train.accumulation=3" in tried(c, 20 * GB)[0]
+
+
+def test_predictions_by_hand():
+    c = config("data.batch=64")
+    now = memory(c, 10 * GB)
+    ((changes, needed), *_) = fit.accumulations(c, VOCAB, DEVICES, now)
+    assert changes == {"train.accumulation": 2}
+    beside = 10 * GB - now.gradients
+    assert needed == now.parameters + now.optimizer + 2 * now.gradients + beside // 2
+    ((changes, needed), *_) = fit.chunks(c, VOCAB, DEVICES, now)
+    logits = 2 * 4 * 4 * 1024 * VOCAB
+    assert (changes, needed) == ({"train.vocab_chunks": 2}, now.needed - logits // 2)
+    ((changes, needed), *_) = fit.fsdps(c, VOCAB, DEVICES, now)
+    assert changes == {"mesh.data": 8, "mesh.fsdp": 2}
+    assert needed == pytest.approx(now.needed - 4 * now.parameters / 2, rel=1e-3)
+    assert list(fit.remats(c, VOCAB, DEVICES, now)) == []
+
+
+def test_the_compiler_s_complaint():
+    found = aot.too_large(SAID)
+    assert (found.needed, found.available) == (int(23.06 * 2**30), int(15.75 * 2**30))
+    assert aot.too_large("INTERNAL: Mosaic failed to compile TPU kernel (1.5G)") is None
+    assert aot.too_large("RESOURCE_EXHAUSTED: too many notes") is None
+
+
+def arm(fits, needed=10 * GB, **more):
+    said = {"parameters": GB, "optimizer": 2 * GB, "gradients": GB, "temporaries": needed - 3 * GB}
+    return {
+        "fits": fits,
+        "memory": said | {"available": 16 * GB, "needed": needed},
+        "compile_seconds": 9,
+    } | more
+
+
+def test_what_is_said():
+    assert aot.verdict("block", arm(True)) == ["block: fits, 10 GB of 16 GB"]
+    fails = {"knob": "--config.train.accumulation=2", "predicted": 15 * GB} | arm(False, 17 * GB)
+    fits = {"knob": "--config.model.remat=nothing", "predicted": None} | arm(True)
+    assert aot.verdict("block", arm(False, 20 * GB, tried=[fails, fits])) == [
+        "block: does not fit, 20 GB of 16 GB",
+        "  --config.train.accumulation=2: compiled, does not fit, 17 GB (arithmetic said 15 GB)",
+        "  --config.model.remat=nothing: compiled, fits, 10 GB",
+    ]
+    assert "use more devices" in aot.verdict("block", arm(False, 20 * GB, tried=[fails]))[-1]
+
+
+def test_the_report(capsys, monkeypatch):
+    """Every number in its place, side by side; an arm that does not fit has no times."""
+    monkeypatch.setenv("COLUMNS", "200")
+    gather = {"kind": "all-gather", "runs": 4, "bytes": 3e9, "exposed": 1.5e9, "needed": 2e9}
+    times = {"estimate_seconds": 0.2, "roofline_seconds": 0.1, "estimate_mfu": 0.4, "collectives": [gather]}
+    block = arm(True, flops=5e12, hbm_bytes=7e9, **times)
+    whole = {"topology": "v5e:4x4", "devices": 16, "compile_memory": 2e9}
+    aot.show(whole | {"arms": {"block": block, "plain": arm(False, 20 * GB, tried=[])}})
+    text = re.sub(r"[│┃ ]+", " ", capsys.readouterr().out)
+    assert " needed 10 GB 20 GB " in text
+    assert " FLOPs of matrix products 5e+12 " in text
+    assert " step by the compiler's cycles, ms 200.0 \n" in text
+    assert " block all-gather 4 3 GB 50% 2.0 " in text
+    assert "plain: does not fit, 20 GB of 16 GB" in text
+    assert "memory of the compiler: 2 GB" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5p:4x4", "v5e:2x2x1", "v5p:4x4x5", "v5p:8x4x4", "v5e", "v5p:4x4x"]
+)
+def test_topologies_that_do_not_exist(name):
+    with pytest.raises(
+        configs.UserError, match=f"'{name}' does not exist: v5e and v6e have 2x2, 2x4.*v5p:4x4x8"
+    ):
+        target.topology(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config=quick", "required: --topology"),
+        ("--topology=v5e:2x2", "required: --config"),
+        ("--config=quick --topology=v5e:2x2 --slices=0", "'0' is not a whole number from 1"),
+        ("--config=quick --topology=v5e:2x2 --beside blok", "invalid choice: 'blok'"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, capsys):
+    assert __main__.main(["compile", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+SMALL = [
+    *(
+        "--config=quick:block",
+        "--topology=v5e:2x2",
+        "--config.model.dtype=bfloat16",
+        "--config.model.blocks=2",
+    ),
+    *("--config.model.width=128", "--config.model.mlp_width=256", "--config.model.heads=1"),
+    *("--config.model.kv_heads=1", "--config.data.length=256", "--config.mesh.fsdp=2"),
+]
+
+
+def compile_it(*words):
+    command = [sys.executable, "-m", "attnres_jax", "compile", *SMALL, *words]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"}
+    )
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
+def test_a_small_step_end_to_end(tmp_path):
+    """On two slices: kernels on, what is counted is plausible, only gradients go over the network."""
+    code, said, error = compile_it("--slices=2", f"--out={tmp_path / 'r.json'}")
+    assert code == 0, error
+    assert "block: fits" in said
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["topology"], found["devices"]) == ("2 x v5e:2x2", 8)
+    block = found["arms"]["block"]
+    assert any(name.startswith("depth_mix") for name in block["kernels"])
+    assert 0.5 < block["flops"] / block["model_flops"] < 3
+    assert block["estimate_seconds"] > block["roofline_seconds"] > 0
+    assert {total["kind"] for total in block["collectives"]} >= {"all-gather", "all-reduce"}
+    assert found["compile_memory"] > 1e8
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
+def test_a_step_that_does_not_fit(tmp_path):
+    """The compiler refuses it; the first knob in order is compiled and fits."""
+    more = ["--vocab=65536", "--config.data.batch=2048", "--config.data.length=2048", "--tries=1"]
+    code, said, error = compile_it(*more, f"--out={tmp_path / 'r.json'}")
+    assert code == 1, error
+    (tried,) = json.loads((tmp_path / "r.json").read_text())["arms"]["block"]["tried"]
+    assert tried["knob"].startswith("--config.train.accumulation=")
+    assert tried["fits"]
+    assert "compiled, fits" in said
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
+def test_a_mesh_that_does_not_fit(tmp_path):
+    code, _, error = compile_it("--config.mesh.fsdp=3")
+    assert code == 2
+    assert "does not fit 4 devices" in error
+    assert "Traceback" not in error
