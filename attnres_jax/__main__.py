@@ -86,18 +86,22 @@ def _train_arguments(parser):
     parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help=text)
     text = f"exit with {UNFINISHED} where the run was stopped before its end: a launcher is to start it again"
     parser.add_argument("--requeue", action="store_true", help=text)
+    text = "N seeds, from the config's on, in one program on one device, in DIR/seed-0, DIR/seed-1 ..."
+    parser.add_argument("--seeds", type=_count, metavar="N", help=text)
 
 
 def _train(args):
     config = configs.load(args.config, args.overrides)
     from attnres_jax.parallel import processes
-    from attnres_jax.train import compiled
+    from attnres_jax.train import compiled, together
     from attnres_jax.train.loop import train
 
     processes.join()
     if config.train.compile_cache:
         compiled.keep()
-    if not train(config, args.workdir) and args.requeue:
+    several = (args.seeds,) if args.seeds else ()
+    finished = (together.train if several else train)(config, *several, args.workdir)
+    if not finished and args.requeue:
         sys.exit(UNFINISHED)
 
 
@@ -164,13 +168,14 @@ def _sweep_arguments(parser):
 
 def _sweep(args):
     chosen = SWEEPS[args.name]
-    from attnres_jax.train import sweep
+    from attnres_jax.train import compiled, sweep
 
     made = sweep.jobs(chosen, args.config, args.overrides, args.seeds, args.out)
     if args.dry_run:
         sweep.show(made)
     else:
-        sweep.sweep(made, args.jobs, args.out, chosen.sizes)
+        compiled.keep()
+        sweep.sweep(chosen, made, args.jobs, args.out)
 
 
 def _scaling_arguments(parser):

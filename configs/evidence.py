@@ -1,6 +1,6 @@
 r"""Twelve transformer blocks of width 48 on Jane Austen, for many runs on two cores: docs/results/evidence.
 
-Command   make evidence   (a single run: python -m attnres_jax train --config=evidence:block --workdir=runs/one)
+Command   make evidence, or one run: python -m attnres_jax train --config=evidence:block --workdir=runs/block
 Hardware  2 CPU cores, fp32
 Time      TODO
 Expect    TODO

@@ -26,6 +26,8 @@ class Sweep(NamedTuple):
     seeds: int = 3
     sizes: bool = False
     """Whether its rows are several sizes of a few schemes, for a scaling law."""
+    claims: bool = False
+    """Whether its rows are those of Table 4, for the pages of evidence."""
 
 
 class Member(NamedTuple):
@@ -88,7 +90,7 @@ def _product(first: dict[str, Keys], second: dict[str, Keys]) -> dict[str, Keys]
 
 
 SWEEPS: dict[str, Sweep] = {
-    "table4": Sweep("ablations, Table 4 of the paper", TABLE4, {"model.blocks": 12}),
+    "table4": Sweep("ablations, Table 4 of the paper", TABLE4, {"model.blocks": 12}, claims=True),
     "block_size": Sweep(
         "S of Block AttnRes over 32 sublayers, Figure 6",
         {f"s{size}": {"residual": "block", "block_size": size} for size in (1, 2, 4, 8, 16, 32)},

@@ -158,7 +158,7 @@ def test_two_at_a_time(tmp_path):
 def test_a_failed_run_is_told_with_its_reason_after_the_others(tmp_path, capsys):
     made = [job(tmp_path, "a", "fail"), job(tmp_path, "b")]
     with pytest.raises(sweep.SweepError, match=r"1 of 2 runs did not finish: a\. .*'out of luck'"):
-        sweep.sweep(made, 1, tmp_path, False)
+        sweep.sweep(sweeps.SWEEPS["block_size"], made, 1, tmp_path)
     assert made[1].finished()
     assert f"{made[0].folder}: failed (1), 1 runs left\n" in capsys.readouterr().err
 
@@ -174,7 +174,7 @@ def test_a_signal_stops_the_children_and_starts_no_more(number, tmp_path, capsys
 
     before = signal.getsignal(number)
     threading.Thread(target=tell).start()
-    sweep.sweep(made, 1, tmp_path, False)
+    sweep.sweep(sweeps.SWEEPS["block_size"], made, 1, tmp_path)
     assert signal.getsignal(number) == before
     assert f"{number.name}: 2 of 2 runs are not finished" in capsys.readouterr().err
     assert "end" in (made[0].folder / "times").read_text()  # it was let finish what it does on a signal
