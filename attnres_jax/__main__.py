@@ -159,6 +159,8 @@ def _sweep_arguments(parser):
     parser.add_argument("--out", required=True, type=_path, metavar="DIR", help=text)
     text = f"what the rows change (default quick): {CONFIG}"
     parser.add_argument("--config", default="quick", metavar="CONFIG", help=text)
+    text = "only these of its rows, by commas (default all)"
+    parser.add_argument("--rows", type=lambda names: names.split(","), metavar="NAME,...", help=text)
     text = "seeds of each row (default: the sweep's own)"
     parser.add_argument("--seeds", type=_count, default=0, metavar="N", help=text)
     text = "runs at once (default 1); they share the devices, nothing divides them"
@@ -167,7 +169,7 @@ def _sweep_arguments(parser):
 
 
 def _sweep(args):
-    chosen = SWEEPS[args.name]
+    chosen = SWEEPS[args.name].only(args.rows) if args.rows else SWEEPS[args.name]
     from attnres_jax.train import compiled, sweep
 
     made = sweep.jobs(chosen, args.config, args.overrides, args.seeds, args.out)

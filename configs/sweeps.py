@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from attnres_jax import configs
 from attnres_jax.configs import shapes
-from attnres_jax.configs.base import ConfigError
+from attnres_jax.configs.base import ConfigError, choose
 
 Keys = dict[str, Any]
 
@@ -28,6 +28,10 @@ class Sweep(NamedTuple):
     """Whether its rows are several sizes of a few schemes, for a scaling law."""
     claims: bool = False
     """Whether its rows are those of Table 4, for the pages of evidence."""
+
+    def only(self, names: Sequence[str]) -> "Sweep":
+        """Some of its rows; `ConfigError` where there is none of a name."""
+        return self._replace(rows={choose("row", name, self.rows): self.rows[name] for name in names})
 
 
 class Member(NamedTuple):

@@ -191,6 +191,13 @@ def test_a_folder_of_another_run_is_refused_before_anything_runs(tmp_path):
         sweep.jobs(sweeps.SWEEPS["block_size"], "quick", (), 2, tmp_path)
 
 
+def test_only_some_rows(tmp_path, capsys):
+    words = ["sweep", "table4", f"--out={tmp_path}", "--rows=full,baseline", "--seeds=2", "--dry-run"]
+    assert __main__.main(words) == 0
+    folders = re.findall(r"--workdir=\S+/(\S+)", capsys.readouterr().out)
+    assert folders == ["full-0", "baseline-0", "full-1", "baseline-1"]
+
+
 def test_dry_run_prints_commands_that_are_understood(tmp_path, capsys):
     words = ["sweep", "table4", f"--out={tmp_path}", "--seeds=1", "--dry-run", "--config.train.steps=20"]
     assert __main__.main(words) == 0
@@ -207,6 +214,7 @@ def test_dry_run_prints_commands_that_are_understood(tmp_path, capsys):
     [
         ("sweep table5 --out={0}", "invalid choice: 'table5'"),
         ("sweep table4", "required: --out"),
+        ("sweep table4 --out={0} --rows=baseline,ful", "row 'ful' does not exist; did you mean 'full'"),
         ("sweep table4 --out={0} --jobs=0", "'0' is not a whole number from 1"),
         ("sweep table4 --out={0} --config.residual=full", "residual is what this sweep varies"),
         ("sweep table4 --out={0} --config=technicl", "did you mean 'technical'"),

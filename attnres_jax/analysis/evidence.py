@@ -81,6 +81,8 @@ class Dynamics(NamedTuple):
     """RMS after sublayer 1."""
     stream_last: float
     stream_largest: float
+    stream_rises: float
+    """After how many of the sublayers 2 .. L it is larger than before."""
     output_first_quarter: float
     """Mean RMS of the first L / 4 outputs."""
     output_last_quarter: float
@@ -94,7 +96,7 @@ def dynamics(run: Run, look: Look) -> Dynamics:
     stream, rms, gradient = look.shares.stream, run.statistics.output_rms, gradients(run)
     quarter = max(1, len(rms) // 4)
     return Dynamics(
-        *(float(stream[0]), float(stream[-1]), float(np.max(stream))),
+        *(float(stream[0]), float(stream[-1]), float(np.max(stream)), float(np.sum(np.diff(stream) > 0))),
         *(float(np.mean(rms[:quarter])), float(np.mean(rms[-quarter:]))),
         *(float(gradient.max() / gradient.min()), float(gradient.std(ddof=1) / gradient.mean())),
     )

@@ -137,12 +137,11 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
         axes.set_ylabel("sublayer that reads (out: output read)")
     for axes in panels[len(matrices) :]:
         axes.remove()
-    limit = f"colours end at the largest entry, {norm.vmax:.3g}"
     ticks = np.array([0, 0.02, 0.1, 0.25, 0.5, 0.75, 1]) * norm.vmax
     ticks = np.concatenate([-ticks[:0:-1], ticks]) if norm.vmin else ticks
     named = [float(f"{tick:.2g}") for tick in ticks]
-    _colourbar(figure, panels[: len(matrices)], "weight", named)
-    figure.suptitle(f"Depth mixing matrix M, {token}; {limit}")
+    _colourbar(figure, panels[: len(matrices)], f"weight (largest of all: {norm.vmax:.3g})", named)
+    figure.suptitle(f"Depth mixing matrix M, {token}", fontsize="medium")
     return figure
 
 

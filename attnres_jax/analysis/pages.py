@@ -145,6 +145,7 @@ def by_depth(table: Rows, looks: Mapping[str, Look], out: Path) -> Page:
     streams = [
         f"{table.label(name)}'s stream is {_mean(found[name], 0):.2f} after the first sublayer, "
         f"{_mean(found[name], 1):.2f} after the last, {_mean(found[name], 2):.2f} at its largest"
+        f"{_rising(found[name], table)}"
         for name in names
     ]
     return Page("Outputs and gradients by depth", "; ".join(streams) + "." + _evenness(found), body)
@@ -256,11 +257,14 @@ def skipping(table: Rows, looks: Mapping[str, Look], out: Path) -> Page:
         "One sublayer's output is zero, all else stays as trained, on held-out text: nats per token, mean "
         "± standard deviation over seeds. A zero that is read keeps its weight. Share of the stream: RMS "
         "of the output over RMS of the sum that it is added to; Block has none where a block begins, Full "
-        "has none at all. Share of the next read: RMS of M[l+1, l] v_l over RMS of h_{l+1}, before its "
-        "norm.",
+        "has none at all. A loss that falls has no point in the figure. Share of the next read: RMS of "
+        "M[l+1, l] v_l over RMS of h_{l+1}, before its norm.",
         "**Not shown**: what would be lost had the model been trained without the sublayer.",
     ]
-    medians = [f"{table.label(name)} {np.median([rise(r) for r in table.of(name)]):.3f}" for name in names]
+    medians = [
+        f"{table.label(name)} {np.mean([np.median(rise(run)) for run in table.of(name)]):.3f}"
+        for name in names
+    ]
     answer = (
         f"Without one sublayer the loss rises, in the median over sublayers, by {', '.join(medians)} nats."
     )
@@ -334,6 +338,11 @@ def _evenness(found):
         f" Block's gradients over depth are {word} plain's: coefficient of variation {block.mean():.2f} "
         f"against {plain.mean():.2f}, difference {change.mean:+.2f} ± {change.half:.2f}, paired."
     )
+
+
+def _rising(found, table):
+    last, rises = len(table.runs[0][0].kinds) - 1, [each.stream_rises for each in found]
+    return " and rises after every sublayer" if min(rises) == last else ""
 
 
 def _mean(found, at):

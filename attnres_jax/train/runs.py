@@ -23,7 +23,7 @@ from attnres_jax.train.workdir import EVALUATION, RunError, load_config, read_js
 
 WINDOWS = 4
 """Held-out windows that the statistics over depth are taken on."""
-SKIPPED = 64
+SKIPPED = 32
 """Those that the loss without a sublayer is taken on."""
 
 
