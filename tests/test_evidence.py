@@ -222,6 +222,8 @@ def test_matrices_are_coloured_as_far_as_they_go():
     norms = [axes.images[0].norm for axes in figure.axes[:2]]
     assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, 2.5)] * 2
     assert figure.axes[-1].get_ylabel() == "weight (largest of all: 2.5)"
+    named = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert named == ["0", "0.05", "0.2", "0.6", "1", "2"]
     large[3, 1] = -2.5
     norm = figures.depth_matrices({"mhc": large}, "a token").axes[0].images[0].norm
     assert (norm.vmin, norm.vmax) == (-2.5, 2.5)

@@ -32,6 +32,9 @@ WEIGHT_NORM = PowerNorm(0.5, 0, 1)
 """Weights on one scale in every figure; the square root keeps 1/L visible beside 1."""
 
 
+TICKS = (0, 0.02, 0.1, 0.25, 0.5, 0.75, 1)
+
+
 class Series(NamedTuple):
     """One run's line. Lines with the same label (seeds of a scheme) share their look."""
 
@@ -137,10 +140,10 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
         axes.set_ylabel("sublayer that reads (out: output read)")
     for axes in panels[len(matrices) :]:
         axes.remove()
-    ticks = np.array([0, 0.02, 0.1, 0.25, 0.5, 0.75, 1]) * norm.vmax
-    ticks = np.concatenate([-ticks[:0:-1], ticks]) if norm.vmin else ticks
-    named = [float(f"{tick:.2g}") for tick in ticks]
-    _colourbar(figure, panels[: len(matrices)], f"weight (largest of all: {norm.vmax:.3g})", named)
+    low, high = norm.vmin or 0.0, norm.vmax or 1.0
+    ticks = TICKS if high == 1 else [float(f"{tick * high:.1g}") for tick in TICKS]
+    ticks = {sign * tick for sign in (1, -1) for tick in ticks if low <= sign * tick <= high}
+    _colourbar(figure, panels[: len(matrices)], f"weight (largest of all: {high:.3g})", sorted(ticks))
     figure.suptitle(f"Depth mixing matrix M, {token}", fontsize="medium")
     return figure
 
@@ -174,7 +177,7 @@ def by_depth(panels: Sequence[Panel], blocks: int = 0) -> Figure:
         axes.set(xlabel="sublayer", xlim=(0.5, last + 0.5), title=panel.title, ylabel=panel.unit)
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         if panel.log:
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="mask")
             _plain_log_ticks(axes.yaxis)
     figure.axes[0].legend(frameon=False)
     return figure
@@ -328,5 +331,5 @@ def _ticks(axis, names, most=11):
     axis.set_ticks(shown, [names[at] for at in shown])
 
 
-def _colourbar(figure, panels, label, ticks=(0, 0.02, 0.1, 0.25, 0.5, 0.75, 1)):
-    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, ticks=ticks, pad=0.02)
+def _colourbar(figure, panels, label, ticks=TICKS):
+    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, ticks=ticks, format="%g", pad=0.02)

@@ -261,13 +261,12 @@ def skipping(table: Rows, looks: Mapping[str, Look], out: Path) -> Page:
         "M[l+1, l] v_l over RMS of h_{l+1}, before its norm.",
         "**Not shown**: what would be lost had the model been trained without the sublayer.",
     ]
-    medians = [
-        f"{table.label(name)} {np.mean([np.median(rise(run)) for run in table.of(name)]):.3f}"
-        for name in names
-    ]
-    answer = (
-        f"Without one sublayer the loss rises, in the median over sublayers, by {', '.join(medians)} nats."
-    )
+    medians = {name: np.array([np.median(rise(run)) for run in table.of(name)]) for name in names}
+    said = ", ".join(f"{table.label(name)} {values.mean():.3f}" for name, values in medians.items())
+    answer = f"Without one sublayer the loss rises, in the median over sublayers, by {said} nats per token."
+    if {"plain", "block"} <= set(names):
+        change = difference((medians["block"] - medians["plain"]).tolist())
+        answer += f" Block minus plain: {change.mean:+.3f} ± {change.half:.3f}, paired, {LEVEL:.0%}."
     return Page("What each sublayer's output counts for", answer, body)
 
 
