@@ -99,8 +99,10 @@ def _train(args):
     processes.join()
     if config.train.compile_cache:
         compiled.keep()
-    several = (args.seeds,) if args.seeds else ()
-    finished = (together.train if several else train)(config, *several, args.workdir)
+    if args.seeds:
+        finished = together.train(config, args.seeds, args.workdir)
+    else:
+        finished = train(config, args.workdir)
     if not finished and args.requeue:
         sys.exit(UNFINISHED)
 

@@ -41,8 +41,8 @@ def test_each_seed_is_its_single_run(tiny, tmp_path):
 def test_seeds_resume_bit_for_bit(tiny, tmp_path):
     """Train 4 = train 2, stop, resume 2."""
     together.train(tiny(), 2, tmp_path / "whole")
-    together.train(tiny(train__stop_after=2), 2, tmp_path / "halves")
-    together.train(tiny(), 2, tmp_path / "halves")
+    assert not together.train(tiny(train__stop_after=2), 2, tmp_path / "halves")
+    assert together.train(tiny(), 2, tmp_path / "halves")
     for seed in ("seed-0", "seed-1"):
         whole, halves = tmp_path / "whole" / seed, tmp_path / "halves" / seed
         assert losses(whole) == losses(halves)

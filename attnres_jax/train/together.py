@@ -30,8 +30,10 @@ from attnres_jax.train.step import Programs, check_finite, programs
 from attnres_jax.train.trace import Trace
 
 
-def train(config: Config, seeds: int, folder: Path, devices: Sequence[Any] | None = None) -> None:
+def train(config: Config, seeds: int, folder: Path, devices: Sequence[Any] | None = None) -> bool:
     """Train so many seeds, from the config's on, in `folder`/seed-N; stops and resumes as `loop.train` does.
+
+    Whether the runs are at their end.
 
     Raises:
       ConfigError: on a mesh of several devices.
@@ -39,7 +41,7 @@ def train(config: Config, seeds: int, folder: Path, devices: Sequence[Any] | Non
     """
     since = time.perf_counter()
     with workdir.disk(folder), stopping.signals() as stop, contextlib.ExitStack() as stack:
-        _train(config, seeds, folder, devices, stop, stack, since)
+        return _train(config, seeds, folder, devices, stop, stack, since)
 
 
 def _train(config, seeds, folder, devices, stop, stack, since):
@@ -60,7 +62,7 @@ def _train(config, seeds, folder, devices, stop, stack, since):
     done = [workdir.finished(own, start, steps) for own in folders]
     if all(done):
         _say(f"{folder} is finished: {seeds} seeds, {steps} updates; nothing to do")
-        return
+        return True
     log = _Logs(
         stack.enter_context(MetricLog(own, start, member, one, corpus, since))
         for own, member in zip(folders, members, strict=True)
@@ -77,6 +79,7 @@ def _train(config, seeds, folder, devices, stop, stack, since):
     elif stop.why:
         _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
     log.time(int(state.step))
+    return int(state.step) == steps
 
 
 class _Loop(Loop):
