@@ -1,5 +1,6 @@
 # make train: train plain and Block AttnRes on Jane Austen, compare them.  make test: the tests.  Both install first.
 # make seeds: three seeds of plain, Block and Full, the page in docs/results/quick.
+# make evidence: three seeds of the rows of the paper's Table 4, the pages in docs/results/evidence.
 # On a TPU VM: make train LOCK=requirements/tpu.txt.  Another interpreter: make train PYTHON=/path/to/python3.12.
 SHELL := /bin/bash
 VENV ?= .venv
@@ -13,7 +14,7 @@ TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 READY := $(VENV)/.ready-$(basename $(notdir $(LOCK)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train seeds test test-slow test-oldest lint locks
+.PHONY: train seeds evidence test test-slow test-oldest lint locks
 train: $(READY)
 	@for residual in plain block; do \
 	  $(RUN) -m attnres_jax train --config=quick:$$residual --workdir=$(RUNS)/$$residual || exit 1; \
@@ -26,6 +27,13 @@ seeds: $(READY)
 	    --workdir=runs/seeds/$$residual-$$seed || exit 1; \
 	  test -f runs/seeds/$$residual-$$seed/eval.json || exit 1; done; done
 	@$(RUN) -m attnres_jax compare runs/seeds/* --out=docs/results/quick
+
+evidence: $(READY)
+	@echo "36 runs, about 50 minutes on two idle cores; stopped, the same command goes on"
+	$(RUN) -m attnres_jax sweep table4 --config=evidence --jobs=2 --out=runs/evidence
+	@test -f runs/evidence/README.md  # a signal saves and exits 0
+	@mkdir -p docs/results/evidence
+	@cp runs/evidence/*.md runs/evidence/*.png runs/evidence/comparison.json docs/results/evidence/
 
 test: $(READY)
 	$(TEST)

@@ -86,18 +86,24 @@ def _train_arguments(parser):
     parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help=text)
     text = f"exit with {UNFINISHED} where the run was stopped before its end: a launcher is to start it again"
     parser.add_argument("--requeue", action="store_true", help=text)
+    text = "N seeds, from the config's on, in one program on one device, in DIR/seed-0, DIR/seed-1 ..."
+    parser.add_argument("--seeds", type=_count, metavar="N", help=text)
 
 
 def _train(args):
     config = configs.load(args.config, args.overrides)
     from attnres_jax.parallel import processes
-    from attnres_jax.train import compiled
+    from attnres_jax.train import compiled, together
     from attnres_jax.train.loop import train
 
     processes.join()
     if config.train.compile_cache:
         compiled.keep()
-    if not train(config, args.workdir) and args.requeue:
+    if args.seeds:
+        finished = together.train(config, args.seeds, args.workdir)
+    else:
+        finished = train(config, args.workdir)
+    if not finished and args.requeue:
         sys.exit(UNFINISHED)
 
 
@@ -155,6 +161,8 @@ def _sweep_arguments(parser):
     parser.add_argument("--out", required=True, type=_path, metavar="DIR", help=text)
     text = f"what the rows change (default quick): {CONFIG}"
     parser.add_argument("--config", default="quick", metavar="CONFIG", help=text)
+    text = "only these of its rows, by commas (default all)"
+    parser.add_argument("--rows", type=lambda names: names.split(","), metavar="NAME,...", help=text)
     text = "seeds of each row (default: the sweep's own)"
     parser.add_argument("--seeds", type=_count, default=0, metavar="N", help=text)
     text = "runs at once (default 1); they share the devices, nothing divides them"
@@ -163,14 +171,15 @@ def _sweep_arguments(parser):
 
 
 def _sweep(args):
-    chosen = SWEEPS[args.name]
-    from attnres_jax.train import sweep
+    chosen = SWEEPS[args.name].only(args.rows) if args.rows else SWEEPS[args.name]
+    from attnres_jax.train import compiled, sweep
 
     made = sweep.jobs(chosen, args.config, args.overrides, args.seeds, args.out)
     if args.dry_run:
         sweep.show(made)
     else:
-        sweep.sweep(made, args.jobs, args.out, chosen.sizes)
+        compiled.keep()
+        sweep.sweep(chosen, made, args.jobs, args.out)
 
 
 def _scaling_arguments(parser):

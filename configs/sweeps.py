@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from attnres_jax import configs
 from attnres_jax.configs import shapes
-from attnres_jax.configs.base import ConfigError
+from attnres_jax.configs.base import ConfigError, choose
 
 Keys = dict[str, Any]
 
@@ -26,6 +26,12 @@ class Sweep(NamedTuple):
     seeds: int = 3
     sizes: bool = False
     """Whether its rows are several sizes of a few schemes, for a scaling law."""
+    claims: bool = False
+    """Whether its rows are those of Table 4, for the pages of evidence."""
+
+    def only(self, names: Sequence[str]) -> "Sweep":
+        """Some of its rows; `ConfigError` where there is none of a name."""
+        return self._replace(rows={choose("row", name, self.rows): self.rows[name] for name in names})
 
 
 class Member(NamedTuple):
@@ -88,7 +94,7 @@ def _product(first: dict[str, Keys], second: dict[str, Keys]) -> dict[str, Keys]
 
 
 SWEEPS: dict[str, Sweep] = {
-    "table4": Sweep("ablations, Table 4 of the paper", TABLE4, {"model.blocks": 12}),
+    "table4": Sweep("ablations, Table 4 of the paper", TABLE4, {"model.blocks": 12}, claims=True),
     "block_size": Sweep(
         "S of Block AttnRes over 32 sublayers, Figure 6",
         {f"s{size}": {"residual": "block", "block_size": size} for size in (1, 2, 4, 8, 16, 32)},

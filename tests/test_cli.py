@@ -17,7 +17,7 @@ from attnres_jax.analysis import inspect
 from attnres_jax.configs.base import KEYS
 from attnres_jax.models import sample
 from attnres_jax.models.tokenizer import Bytes
-from attnres_jax.train import checkpoint, data, evaluate, loop, runs, workdir
+from attnres_jax.train import checkpoint, data, evaluate, loop, runs, together, workdir
 
 COMMANDS = ("train", "eval", "sample", "compare", "sweep", "scaling", "inspect", "compile", "data", "bench")
 
@@ -88,6 +88,13 @@ def test_train(called):
     assert (config.residual, config.train.steps, config.optim.lr) == ("plain", 20, 1e-3)
     assert config.is_locked
     assert workdir == Path("runs/a")
+
+
+def test_train_several_seeds(called):
+    train = called(together, "train")
+    assert __main__.main(["train", "--config=quick:full", "--workdir=runs/a", "--seeds=3"]) == 0
+    config, seeds, workdir = train.call_args.args
+    assert (config.residual, seeds, workdir) == ("full", 3, Path("runs/a"))
 
 
 def test_eval(called):

@@ -158,7 +158,7 @@ def test_two_at_a_time(tmp_path):
 def test_a_failed_run_is_told_with_its_reason_after_the_others(tmp_path, capsys):
     made = [job(tmp_path, "a", "fail"), job(tmp_path, "b")]
     with pytest.raises(sweep.SweepError, match=r"1 of 2 runs did not finish: a\. .*'out of luck'"):
-        sweep.sweep(made, 1, tmp_path, False)
+        sweep.sweep(sweeps.SWEEPS["block_size"], made, 1, tmp_path)
     assert made[1].finished()
     assert f"{made[0].folder}: failed (1), 1 runs left\n" in capsys.readouterr().err
 
@@ -174,7 +174,7 @@ def test_a_signal_stops_the_children_and_starts_no_more(number, tmp_path, capsys
 
     before = signal.getsignal(number)
     threading.Thread(target=tell).start()
-    sweep.sweep(made, 1, tmp_path, False)
+    sweep.sweep(sweeps.SWEEPS["block_size"], made, 1, tmp_path)
     assert signal.getsignal(number) == before
     assert f"{number.name}: 2 of 2 runs are not finished" in capsys.readouterr().err
     assert "end" in (made[0].folder / "times").read_text()  # it was let finish what it does on a signal
@@ -189,6 +189,13 @@ def test_a_folder_of_another_run_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "s8-1/config.json").write_text(json.dumps(flat))
     with pytest.raises(workdir.RunError, match="s8-1 holds a run with seed = 0, not 1"):
         sweep.jobs(sweeps.SWEEPS["block_size"], "quick", (), 2, tmp_path)
+
+
+def test_only_some_rows(tmp_path, capsys):
+    words = ["sweep", "table4", f"--out={tmp_path}", "--rows=full,baseline", "--seeds=2", "--dry-run"]
+    assert __main__.main(words) == 0
+    folders = re.findall(r"--workdir=\S+/(\S+)", capsys.readouterr().out)
+    assert folders == ["full-0", "baseline-0", "full-1", "baseline-1"]
 
 
 def test_dry_run_prints_commands_that_are_understood(tmp_path, capsys):
@@ -207,6 +214,7 @@ def test_dry_run_prints_commands_that_are_understood(tmp_path, capsys):
     [
         ("sweep table5 --out={0}", "invalid choice: 'table5'"),
         ("sweep table4", "required: --out"),
+        ("sweep table4 --out={0} --rows=baseline,ful", "row 'ful' does not exist; did you mean 'full'"),
         ("sweep table4 --out={0} --jobs=0", "'0' is not a whole number from 1"),
         ("sweep table4 --out={0} --config.residual=full", "residual is what this sweep varies"),
         ("sweep table4 --out={0} --config=technicl", "did you mean 'technical'"),

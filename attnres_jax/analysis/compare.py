@@ -241,20 +241,29 @@ def draw(runs: Sequence[Run], out: Path) -> list[tuple[Path, str]]:
     matrices = {group.label: group.first.matrix for group in rows}
     token = "last token of the first held-out window"
     made = [
-        ("loss", "Loss", figures.loss_curves(*_curves(rows))),
+        ("loss", "Loss", loss_curves(runs)),
         ("depth", "Output RMS and gradient norm", figures.depth_dynamics(*_by_depth(rows))),
-        *(_heatmap(group) for group in rows if weighs_outputs(scheme(group.first.config))),
+        *(_weights(group) for group in rows if weighs_outputs(scheme(group.first.config))),
         ("matrix", "Depth mixing matrix M", figures.depth_matrices(matrices, token)),
     ]
     return [(figures.save(figure, out / f"{name}.png"), caption) for name, caption, figure in made]
 
 
-def _heatmap(group):
-    kinds = group.first.kinds
-    weights = np.mean([run.statistics.weights for run in group.runs.values()], axis=0)
-    schedule = scheme(group.first.config).schedule(len(kinds))
+def loss_curves(runs: Sequence[Run]) -> figures.Figure:
+    """Loss against the step, a line for each scheme."""
+    return figures.loss_curves(*_curves(groups(runs)))
+
+
+def heatmap(label: str, runs: Sequence[Run]) -> figures.Figure:
+    """Depth weights of one scheme, in the mean over its runs."""
+    kinds = runs[0].kinds
+    weights = np.mean([run.statistics.weights for run in runs], axis=0)
+    return figures.weight_heatmap(weights, kinds, scheme(runs[0].config).schedule(len(kinds)), label)
+
+
+def _weights(group):
     slug = "".join(c if c.isalnum() else "-" for c in group.label.lower()).strip("-")
-    figure = figures.weight_heatmap(weights, kinds, schedule, group.label)
+    figure = heatmap(group.label, list(group.runs.values()))
     return f"weights-{slug}", f"Depth weights: {group.label}", figure
 
 

@@ -12,18 +12,27 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import FuncNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from attnres_jax.schedule import BlockSchedule
 
-COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00"}
+COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00", "mhc": "#009E73"}
 DASHES = ("-", "--", ":", "-.")
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MATRICES = 4
+"""Beside each other, in a row."""
 READS = {"a": "Pre-attention reads", "m": "Pre-MLP reads"}
+AGREES, CONTRARY, UNRESOLVED = "as in the paper", "contrary to the paper", "not resolved"
+FATES = {AGREES: "#0072B2", CONTRARY: "#D55E00", UNRESOLVED: "#e3e3e3"}
+"""What became of a pair of the paper's order."""
 WEIGHT_NORM = PowerNorm(0.5, 0, 1)
 """Weights on one scale in every figure; the square root keeps 1/L visible beside 1."""
+
+
+TICKS = (0, 0.02, 0.1, 0.25, 0.5, 0.75, 1)
 
 
 class Series(NamedTuple):
@@ -109,20 +118,118 @@ def weight_heatmap(
 
 
 def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: str) -> Figure:
-    """M of one token, side by side: the weight of every output v_i in every read h_l."""
-    figure = blank(max(5.0, 3.7 * len(matrices) + 0.7), 4.4, "compressed")
-    panels = np.atleast_1d(figure.subplots(1, len(matrices)))
-    for (label, matrix), axes in zip(matrices.items(), panels, strict=True):
+    """M of one token, side by side: the weight of every output v_i in every read h_l.
+
+    All on one colour scale, as far as the largest entry of any: from zero, or both ways if one is negative.
+    """
+    columns = min(len(matrices), MATRICES)
+    rows = -(-len(matrices) // columns)
+    figure = blank(max(5.0, 3.7 * columns + 0.7), 0.6 + 3.8 * rows, "compressed")
+    panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    below = [matrix[np.tri(len(matrix), dtype=bool)] for matrix in matrices.values()]
+    norm, colours = _matrix_colours(np.concatenate(below))
+    for (label, matrix), axes in zip(matrices.items(), panels, strict=False):
         reads = len(matrix)
         past = np.tri(reads, dtype=bool)
-        _image(axes, np.where(past, matrix, np.nan), "equal")
+        _image(axes, np.where(past, matrix, np.nan), "equal", norm, colours)
         _ticks(axes.xaxis, ["emb", *map(str, range(1, reads))])
         _ticks(axes.yaxis, [*map(str, range(1, reads)), "out"])
         axes.set(xlabel="output of sublayer (emb: embedding)")
         axes.set_title(label, color=colour(label))
-    panels[0].set_ylabel("sublayer that reads (out: the output read)")
-    _colourbar(figure, panels, "weight")
-    figure.suptitle(f"Depth mixing matrix M, {token}")
+    for axes in panels[::columns]:
+        axes.set_ylabel("sublayer that reads (out: output read)")
+    for axes in panels[len(matrices) :]:
+        axes.remove()
+    low, high = norm.vmin or 0.0, norm.vmax or 1.0
+    ticks = TICKS if high == 1 else [float(f"{tick * high:.1g}") for tick in TICKS]
+    ticks = {sign * tick for sign in (1, -1) for tick in ticks if low <= sign * tick <= high}
+    _colourbar(figure, panels[: len(matrices)], f"weight (largest of all: {high:.3g})", sorted(ticks))
+    figure.suptitle(f"Depth mixing matrix M, {token}", fontsize="medium")
+    return figure
+
+
+def _matrix_colours(entries):
+    """The scale of `WEIGHT_NORM` as far as the entries go; with negative ones two colours, zero white."""
+    limit = max(1.0, float(np.max(np.abs(entries))))
+    if np.min(entries) >= -1e-6 * limit:
+        return PowerNorm(0.5, 0, limit), "viridis"
+    both = FuncNorm((lambda w: np.sign(w) * np.sqrt(np.abs(w)), lambda w: np.sign(w) * w**2), -limit, limit)
+    return both, "PuOr_r"
+
+
+class Panel(NamedTuple):
+    """What is drawn against the sublayer: lines from 1 to L, and what their heights are."""
+
+    title: str
+    unit: str
+    lines: Sequence[Series]
+    log: bool = True
+
+
+def by_depth(panels: Sequence[Panel], blocks: int = 0) -> Figure:
+    """Panels beside each other; a dotted line after each `blocks` sublayers, where AttnRes blocks end."""
+    figure = blank(4.6 * len(panels), 4.0)
+    for panel, axes in zip(panels, np.atleast_1d(figure.subplots(1, len(panels))), strict=True):
+        last = max(max(line.x) for line in panel.lines)
+        for end in np.arange(blocks, last, blocks) if blocks else ():
+            axes.axvline(end + 0.5, color="#b0b0b0", linestyle=":", linewidth=0.8)
+        _lines(axes, panel.lines, linewidth=1.6, marker="o", markersize=2.5)
+        axes.set(xlabel="sublayer", xlim=(0.5, last + 0.5), title=panel.title, ylabel=panel.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        if panel.log:
+            axes.set_yscale("log", nonpositive="mask")
+            _plain_log_ticks(axes.yaxis)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+class Gain(NamedTuple):
+    """A row of `differences`: to the plain residual, ours by seed, and the paper's."""
+
+    label: str
+    seeds: Sequence[float]
+    half: float
+    paper: float
+
+
+def differences(gains: Sequence[Gain], unit: str, paper: str) -> Figure:
+    """Dots for seeds, their mean with its interval, and beside them the same difference in the paper."""
+    figure = blank(9.5, 0.9 + 0.36 * len(gains))
+    ours, theirs = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for at, gain in enumerate(gains):
+        paint = colour(gain.label)
+        mean = float(np.mean(gain.seeds))
+        ours.errorbar(mean, at, xerr=gain.half, fmt="D", color=paint, markersize=5, capsize=3, linewidth=1.4)
+        ours.plot(gain.seeds, [at + 0.22] * len(gain.seeds), "o", color=paint, markersize=3, alpha=0.55)
+        theirs.plot(gain.paper, at, "s", color=paint, markersize=6)
+    ours.set_yticks(range(len(gains)), [gain.label for gain in gains])
+    ours.set(xlabel=unit, title="Here: mean and interval (diamonds), seeds (dots)")
+    theirs.set(xlabel=paper, title="Paper, Table 4")
+    ours.invert_yaxis()
+    for axes in (ours, theirs):
+        axes.axvline(0, color="#000000", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _clean(axes)
+    return figure
+
+
+def orders(labels: Sequence[str], ours: Float[Any, "n n"], fates: Mapping[tuple[int, int], str]) -> Figure:
+    """Every pair below the diagonal: the row's loss minus the column's in thousandths, in the colour of its
+    fate in `FATES`."""
+    count = len(labels)
+    figure = blank(2.6 + 0.56 * count, 2.0 + 0.46 * count)
+    axes = figure.subplots()
+    for (row, column), fate in fates.items():
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=FATES[fate], linewidth=0))
+        ink = "#333333" if fate == UNRESOLVED else "white"
+        text = f"{1000 * ours[row, column]:+.0f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xlim=(-0.5, count - 1.5), ylim=(count - 0.5, 0.5), aspect="auto")
+    axes.set_xticks(range(count - 1), labels[:-1], rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(1, count), labels[1:])
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=shade, label=fate) for fate, shade in FATES.items()]
+    axes.legend(handles=handles, frameon=False, loc="upper right")
     return figure
 
 
@@ -212,9 +319,9 @@ def _source_axis(schedule):
     return "source: embedding, block, running sum"
 
 
-def _image(axes, values, aspect="auto"):
+def _image(axes, values, aspect="auto", norm: Normalize = WEIGHT_NORM, colours="viridis"):
     axes.set_facecolor("#d9d9d9")
-    axes.imshow(values, "viridis", WEIGHT_NORM, aspect=aspect, interpolation="nearest")
+    axes.imshow(values, colours, norm, aspect=aspect, interpolation="nearest")
 
 
 def _ticks(axis, names, most=11):
@@ -224,6 +331,5 @@ def _ticks(axis, names, most=11):
     axis.set_ticks(shown, [names[at] for at in shown])
 
 
-def _colourbar(figure, panels, label):
-    ticks = [0, 0.02, 0.1, 0.25, 0.5, 0.75, 1]
-    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, ticks=ticks, pad=0.02)
+def _colourbar(figure, panels, label, ticks=TICKS):
+    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, ticks=ticks, format="%g", pad=0.02)

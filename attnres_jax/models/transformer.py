@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -132,16 +133,21 @@ class Transformer(nnx.Module):
         implementation: str | None = None,
         placement: Placement | None = None,
         record: bool = False,
+        keep: Float[Array, " L"] | None = None,
     ) -> Hidden:
-        """All but the head, for a loss that never holds the logits whole."""
+        """All but the head, for a loss that never holds the logits whole.
+
+        `keep` multiplies the output of each sublayer: zero skips one.
+        """
         if positions is None:
             positions = counting(tokens)
         attend, x = attending(self.config, implementation, placement), self.embed(tokens)
         if self.config.value_residual:
             attend = with_first_values(attend, self._first_values(x, placement), self.config.value_residual)
+        kept = {k: None if keep is None else keep[_places(self.config.kinds, k)] for k in KINDS}
         depth = through_depth(
             *(self.config.scheme, self.mix.mix, self.config.kinds),
-            {k: layer(stack, positions, segments, attend) for k, stack in self.layers.items()},
+            {k: layer(stack, positions, segments, attend, kept[k]) for k, stack in self.layers.items()},
             x,
             policy=REMAT[self.config.remat],
             implementation=implementation,
@@ -197,15 +203,25 @@ def _stacked(kind, config, count, rngs):
     return nnx.vmap(one)(rngs.split(count))
 
 
-def layer(stack: Any, positions: Array, segments: Array | None, attend: Attend) -> Layer:
-    """The sublayers of a kind: `stack` is a module of `Transformer.layers`, which may be abstract."""
+def _places(kinds, kind):
+    return np.array([at for at, letter in enumerate(kinds) if letter == kind])
+
+
+def layer(
+    stack: Any, positions: Array, segments: Array | None, attend: Attend, kept: Array | None = None
+) -> Layer:
+    """The sublayers of a kind: `stack` is a module of `Transformer.layers`, which may be abstract.
+
+    Outputs are multiplied by `kept` [n], if it is given.
+    """
     graph, params = nnx.split(stack)
 
     def norm(params):
         own = nnx.merge(graph, params).norm
         return RMSNorm(own.scale[...], own.epsilon)
 
-    def apply(params, x, _):
-        return nnx.merge(graph, params)(x, positions, segments, attend), None
+    def apply(params, x, keep):
+        y = nnx.merge(graph, params)(x, positions, segments, attend)
+        return y if keep is None else keep.astype(y.dtype) * y, None
 
-    return Layer(norm, apply, params)
+    return Layer(norm, apply, params, kept)

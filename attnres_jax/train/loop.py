@@ -56,7 +56,7 @@ def _train(config, folder, devices, stop, since):
         log = MetricLog(folder, start, config, run, corpus, since)
         with log, Trace(folder / workdir.PROFILE, config.profile.first, config.profile.last) as trace:
             log.time(start)
-            loop = _Loop(config, run, corpus, checkpoints, log)
+            loop = Loop(config, run, corpus, checkpoints, log)
             # 5. Batches from there on: the step is their position.
             state = loop.steps(state, batches, stop, trace)
             if int(state.step) == steps:
@@ -68,7 +68,9 @@ def _train(config, folder, devices, stop, since):
         return int(state.step) == steps
 
 
-class _Loop(NamedTuple):
+class Loop(NamedTuple):
+    """Of one run, or of several seeds (`together`), whose parts do for each what is said once here."""
+
     config: Config
     run: Programs
     corpus: Corpus
@@ -96,7 +98,7 @@ class _Loop(NamedTuple):
                 if look:
                     self.log.depth(at, out, jax.device_get(self.run.look(state.params, batch)))
                 if evaluate and at < every.steps:
-                    self.log.evaluation(at, self._heldout(state))
+                    self.log.evaluation(at, self.heldout(state))
             if at % self.config.checkpoint.every == 0:
                 self._save(state, waiting)
         self._save(state, waiting)
@@ -105,12 +107,13 @@ class _Loop(NamedTuple):
     def finish(self, state: State, folder: Path) -> None:
         """The evaluation after the last step."""
         with self.log.clock.section("evaluation"):
-            found = self._heldout(state)
+            found = self.heldout(state)
         self.log.evaluation(int(state.step), found)
         if processes.first():
             workdir.write_json(folder / workdir.EVALUATION, {"step": int(state.step)} | found._asdict())
 
-    def _heldout(self, state):
+    def heldout(self, state: State) -> Any:
+        """What the log and the folder are told of held-out text."""
         limit = self.config.train.eval_tokens
         nats = partial(self.run.nats, state.params)
         return heldout(nats, self.config, self.corpus, limit, self.run.place)
@@ -134,8 +137,12 @@ class _Loop(NamedTuple):
         while waiting:
             step, out = waiting.pop(0)
             out = jax.device_get(out)
-            check_finite(step, out, self.run.names)
+            self.check(step, out)
             self.log.train(step, out)
+
+    def check(self, step: int, out: Updated) -> None:
+        """Raise `NonFinite` where training diverged."""
+        check_finite(step, out, self.run.names)
 
 
 def _announcement(folder, config, state, run):

@@ -1,5 +1,7 @@
 """Finished runs, read back from their workdirs for `analysis.compare` and `analysis.scaling`."""
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import numpy as np
 
 from attnres_jax import configs
 from attnres_jax.analysis import compare as comparison
-from attnres_jax.analysis import inspect, scaling
+from attnres_jax.analysis import inspect, pages, scaling
 from attnres_jax.analysis.dynamics import depth_statistics
+from attnres_jax.analysis.evidence import Look
 from attnres_jax.analysis.matrix import diagonal, one_token
+from attnres_jax.analysis.outputs import shares, without_each
 from attnres_jax.models.table import parameter_table
 from attnres_jax.train import checkpoint
 from attnres_jax.train.data import heldout_windows, open_corpus
@@ -19,6 +23,8 @@ from attnres_jax.train.workdir import EVALUATION, RunError, load_config, read_js
 
 WINDOWS = 4
 """Held-out windows that the statistics over depth are taken on."""
+SKIPPED = 32
+"""Those that the loss without a sublayer is taken on."""
 
 
 def compare(workdirs: Sequence[Path], out: Path) -> None:
@@ -27,6 +33,45 @@ def compare(workdirs: Sequence[Path], out: Path) -> None:
         comparison.report([read(workdir) for workdir in workdirs], out)
     except comparison.NotComparable as error:
         raise RunError(str(error)) from None
+
+
+def evidence(workdirs: Sequence[Path], command: str, out: Path) -> None:
+    """Write the pages of evidence of finished runs of Table 4's rows, and their comparison, into `out`."""
+    found = [read(workdir) for workdir in workdirs]
+    main = [w for w, run in zip(workdirs, found, strict=True) if run.config["residual"] in pages.MAIN]
+    try:
+        comparison.report(found, out)
+        pages.report(found, {workdir.name: look(workdir) for workdir in main}, _made(workdirs, command), out)
+    except comparison.NotComparable as error:
+        raise RunError(str(error)) from None
+
+
+def _made(workdirs, command):
+    days = sorted({time.strftime("%Y-%m-%d", time.gmtime(_ended(workdir))) for workdir in workdirs})
+    kind, cores = jax.devices()[0].device_kind, os.cpu_count()
+    device = f"{cores} CPU cores, " if kind == "cpu" else f"one {kind}, "
+    return pages.Made(
+        command, f"{device}JAX {jax.__version__}", " to ".join(dict.fromkeys((days[0], days[-1])))
+    )
+
+
+def _ended(workdir):
+    return (workdir / EVALUATION).stat().st_mtime
+
+
+def look(workdir: Path) -> Look:
+    """What the last model of a run does with each of its outputs, on the first held-out windows."""
+    config = load_config(workdir)
+    model = checkpoint.load_run(workdir).model
+    tokens = _first_windows(config, SKIPPED)
+
+    @jax.jit
+    def shares_of(model, tokens):
+        record = model(tokens, record=True).depth.record
+        return shares(model.config.scheme, model.mix.mix, record)
+
+    found = shares_of(model, tokens[:WINDOWS, :-1]), jax.jit(without_each)(model, tokens)
+    return Look(*jax.device_get(found))
 
 
 def fit_scaling(workdirs: Sequence[Path], exact: bool, out: Path) -> None:
@@ -87,7 +132,7 @@ def read(workdir: Path) -> comparison.Run:
 def _look(model, config):
     """Statistics over depth on the first held-out windows, and M of the first one's last token: what a
     channel passes on to itself, in the mean over channels."""
-    tokens = _first_windows(config)
+    tokens = _first_windows(config, WINDOWS)[:, :-1]
 
     @jax.jit
     def look(model, tokens):
@@ -98,12 +143,12 @@ def _look(model, config):
     return jax.device_get(look(model, tokens))
 
 
-def _first_windows(config):
-    """int32 [B, T] of held-out text, without padding."""
+def _first_windows(config, most):
+    """int32 [B, T + 1] of held-out text, without padding; B is at most `most`."""
     text = open_corpus(config.data.corpus).heldout
     length = min(config.data.length, len(text) - 1)
-    batch = min(WINDOWS, (len(text) - 1) // length)
-    return next(heldout_windows(text, length, batch)).tokens[:, :-1]
+    batch = min(most, (len(text) - 1) // length)
+    return next(heldout_windows(text, length, batch)).tokens
 
 
 def _logged(workdir, rows, kind, key):

@@ -55,10 +55,10 @@ class Job(NamedTuple):
         return workdir.read_json(self.folder, workdir.EVALUATION, "")["step"] == self.steps
 
 
-def sweep(made: Sequence[Job], at_once: int, out: Path, sizes: bool) -> None:
+def sweep(chosen: Sweep, made: Sequence[Job], at_once: int, out: Path) -> None:
     """Run what is not finished, `at_once` at a time, then compare all runs, into folder `out`.
 
-    `sizes`: fit loss against compute too. `SweepError` if a run did not finish.
+    What else is written there, `chosen` says. `SweepError` if a run did not finish.
     """
     stopped = run(made, at_once)
     unfinished = [job for job in made if not job.finished()]
@@ -74,8 +74,11 @@ def sweep(made: Sequence[Job], at_once: int, out: Path, sizes: bool) -> None:
             f"{_last_line(first)!r}; the same command goes on with them"
         )
     folders = [job.folder for job in made]
-    runs.compare(folders, out)
-    if sizes:
+    if chosen.claims:
+        runs.evidence(folders, shlex.join(["python", "-m", "attnres_jax", *sys.argv[1:]]), out)
+    else:
+        runs.compare(folders, out)
+    if chosen.sizes:
         runs.fit_scaling(folders, False, out)
 
 
