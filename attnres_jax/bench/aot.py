@@ -139,7 +139,10 @@ def advice(config: Config, vocab: int, on: Slice, said: dict[str, Any], tries: i
 
 
 def main(words: list[str]) -> int:
-    """`words` is one JSON object: config, topology, slices, vocab, beside, tries, out."""
+    """`words` is one JSON object: config, topology, slices, vocab, beside, tries, out.
+
+    The exit code is 0 where the config's own arm fits, 1 where it does not, 2 after a mistake of the user's.
+    """
     args = json.loads(words[0])
     config = configs.from_flat(args["config"])
     try:
