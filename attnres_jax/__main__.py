@@ -99,10 +99,7 @@ def _train(args):
     processes.join()
     if config.train.compile_cache:
         compiled.keep()
-    if args.seeds:
-        finished = together.train(config, args.seeds, args.workdir)
-    else:
-        finished = train(config, args.workdir)
+    finished = together.train(config, args.seeds, args.workdir) if args.seeds else train(config, args.workdir)
     if not finished and args.requeue:
         sys.exit(UNFINISHED)
 
