@@ -353,7 +353,7 @@ def _one_rest(key: str, *others: str) -> Rule:
 
 
 def _chunks(c: Mapping[str, Any]) -> int:
-    return max(c["model.blocks"] // c["mesh.stage"], 1)
+    return c["model.blocks"] // c["mesh.stage"]
 
 
 def _reads(c: Mapping[str, Any], option: str) -> bool:
@@ -384,6 +384,12 @@ RULES: tuple[Rule, ...] = (
             "a pipeline in groups of its stages"
         ),
         legal=lambda c: math.gcd(c["mesh.stage"], c["train.accumulation"]),
+    ),
+    Rule(
+        "mesh.stage",
+        holds=lambda c: c["mesh.stage"] <= c["model.blocks"],
+        need=lambda c: f"at most model.blocks = {c['model.blocks']}",
+        legal=lambda c: max(n for n in range(1, c["model.blocks"] + 1) if c["train.accumulation"] % n == 0),
     ),
     Rule(
         "train.virtual_stages",

@@ -1,4 +1,4 @@
-"""A pipelined model is the model: loss, gradients, evaluation; its bytes and memory are the timetable's."""
+"""A pipelined model is the model: loss, gradients, evaluation, and the run that trains it."""
 
 from dataclasses import replace
 from functools import partial
@@ -199,6 +199,34 @@ def test_evaluation():
         for way in (case.pipe, case.whole)
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pipelined_run_is_the_run():
+    """The trainer's programs: five blocks on 2 x 2 chunks (rows that never count), Muon, clipping and decay,
+    saved and resumed between: the same states in order of depth, the same statistics."""
+    keys = {"optim__name": "muon", "optim__clip": 0.1, "optim__weight_decay": 0.5, "optim__warmup": 1}
+    found = {}
+    for size in ((1, 1, 4, 5), (2, 2, 4, 5)):
+        config = config_of(size, block_size=4, **keys)
+        programs = step.programs(config, VOCAB, jax.devices()[: size[0]])
+        now, update = programs.create(), None
+        rng = np.random.default_rng(0)
+        for at in range(4):
+            tokens = rng.integers(0, VOCAB, (config.data.batch, LENGTH + 1)).astype(np.int32)
+            tokens = jax.device_put(tokens, programs.place)
+            update = update or programs.update.lower(now, tokens).compile(toys.QUICK)
+            now, out = update(now, tokens)
+            if at == 1 and size[0] > 1:
+                now = programs.resume(programs.save(now))
+        looked = programs.look(now.params, tokens)
+        found[size[0]] = jax.device_get((out.loss, out.depth_norms, looked, programs.save(now)))
+    (loss, norms, looked, now), (wanted_loss, wanted_norms, wanted_looked, wanted) = found[2], found[1]
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    np.testing.assert_allclose(norms, wanted_norms, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), looked, wanted_looked)
+    states = [toys.named(tree.params) for tree in (now, wanted)]
+    assert off(*states) < 1e-4
 
 
 @pytest.mark.slow

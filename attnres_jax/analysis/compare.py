@@ -30,6 +30,7 @@ BOOKKEEPING = (
         "mesh.fsdp",
         "mesh.tensor",
         "train.virtual_stages",
+        "train.accumulation",
         "profile.first",
         "profile.last",
         "train.compile_cache",

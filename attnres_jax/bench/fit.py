@@ -109,9 +109,9 @@ def chunks(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator
     sizes = mesh.sizes(config.mesh.to_dict(), devices)
     over = math.prod(sizes[axis] for axis in mesh.BATCH)
     tokens = config.data.batch // config.train.accumulation // over * config.data.length
-    logits = 2 * LOGITS * tokens * vocab // sizes["tensor"]
+    logits = 2 * LOGITS * tokens * vocab // (sizes["tensor"] * sizes["stage"])
     now = config.train.vocab_chunks
-    for more in mesh.divisors(vocab // sizes["tensor"]):
+    for more in mesh.divisors(vocab // (sizes["tensor"] * sizes["stage"])):
         if now < more <= 64:
             yield {"train.vocab_chunks": more}, memory.needed - logits // now + logits // more
 

@@ -54,7 +54,8 @@ class Chunked:
         if self.scheme.append_only:
             return self.chunks.cache
         zeros = (0,) * (self.chunks.count + 1)
-        return Cache(1, 1, 0, 1, zeros, zeros, zeros[:-1])
+        sizes = {"rows": 1, "window": 1, "conveyor": 0, "written": 1}
+        return Cache(**sizes, first=zeros, early=zeros, fresh=zeros[:-1])
 
     @property
     def parted(self) -> bool:
@@ -78,7 +79,9 @@ class Chunked:
     ) -> tuple[PyTree, Array]:
         """Chunk `c` over `rows` [cache.rows, ...]: the `written` rows from `cache.fresh[c]` on; the penalty.
 
-        `params` are kind -> leaves [n, ...] of the longest chunk, `mix` the parameters of all sublayers.
+        `params` are kind -> leaves [n, ...] of the longest chunk, `mix` the parameters of all sublayers. A
+        chunk runs forward in its own tick and again in that of its backward pass, which starts from the rows
+        alone; what a sublayer does not keep there, by `policy`, is computed a third time.
         """
         given = jnp.asarray(self.chunks.bounds)[c] + jnp.arange(len(self.longest))
         # Beyond the end of a shorter chunk stands some sublayer, whose output is left out.

@@ -97,19 +97,27 @@ class Pipeline:
         together with it. What is reported has none.
         """
 
+        def whole(found):
+            (objective, *reported), penalty = found
+            return objective + penalty, *reported
+
         @jax.custom_vjp
         def run(parts):
-            return self.forward(parts, batch)
+            return whole(self._mapped(_Run.evaluate, parts, batch, False))
 
-        run.defvjp(
-            lambda parts: self._mapped(_Run.train, parts, batch, True),
-            lambda gradient, d: (jax.tree.map(lambda g: g * d[0].astype(g.dtype), gradient),),
-        )
+        def forward(parts):
+            found, gradient = self._mapped(_Run.train, parts, batch, True)
+            return whole(found), gradient
+
+        def backward(gradient, d):
+            return (jax.tree.map(lambda g: g * d[0].astype(g.dtype), gradient),)
+
+        run.defvjp(forward, backward)
         return run(parts)
 
     def forward(self, parts: Parts, batch: PyTree) -> PyTree:
         """The sum over the microbatches of what `model.head` returns."""
-        return self._mapped(_Run.evaluate, parts, batch, False)
+        return self._mapped(_Run.evaluate, parts, batch, False)[0]
 
     def _mapped(self, program, parts, batch, gradients):
         """The program of every stage. The head is cut over stages by a new last axis, so that a vocabulary
@@ -194,19 +202,12 @@ class _Run:
         layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
         d = d._replace(layers=layers, unembedding=d.unembedding[..., None])
         of_all = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last")}
-        return self._found(state), d._replace(**of_all)
+        return (state.total, lax.psum(state.penalty, STAGE)), d._replace(**of_all)
 
     def evaluate(self) -> Any:
         state = self._start(min(self.M, self.P), False)
         state = self._ticks(state, 0, self.table.units + self.P - 1, True, False, self._headed)
-        return self._found(state)
-
-    def _found(self, state):
-        """What the head returned; to the first, the objective, auxiliary outputs add theirs."""
-        if self.chunked.penalty is None:
-            return state.total
-        objective, *others = state.total
-        return objective + lax.psum(state.penalty, STAGE), *others
+        return state.total, lax.psum(state.penalty, STAGE)
 
     def _ticks(self, state, first, last, forward, backward, after=None):
         def tick(state, t):
@@ -219,12 +220,12 @@ class _Run:
         return lax.scan(tick, state, jnp.arange(first, last))[0] if last > first else state
 
     def _start(self, slots, trains):
-        cache, some, room = self.cache, jnp.zeros, self._room
+        cache, room = self.cache, self._room
         total = jax.eval_shape(self._head_of_nothing)
         empty: dict[str, Any] = {"d_cache": (), "back": (), "gradient": (), "given": ()}
         if trains:
             given = room(slots + 1, self.V) if self.chunked.parted else ()
-            gradient = jax.tree.map(lambda a: some(a.shape, compute_dtype(a.dtype)), self.parts)
+            gradient = jax.tree.map(lambda a: jnp.zeros(a.shape, compute_dtype(a.dtype)), self.parts)
             back = {"d_cache": room(self.P + 1, cache.rows), "back": room(cache.window)}
             empty = back | {"given": given, "gradient": gradient}
         state = _State(
@@ -232,7 +233,7 @@ class _Run:
             early=room(cache.conveyor) if cache.conveyor else (),
             fresh=room(cache.written),
             penalty=jnp.float32(0),
-            total=jax.tree.map(lambda a: some(a.shape, a.dtype), total),
+            total=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), total),
             **empty,
         )
         return self._placed(state)
@@ -241,7 +242,7 @@ class _Run:
         return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), self.unit)
 
     def _forward(self, state, t):
-        cache, now = self.cache, self._unit(t - self.stage, lambda v: v)
+        cache, now = self.cache, self._unit(self.table.forward, t, self.stage)
         slot = now.m % self._slots(state)
         rows = pick(state.cache, slot)
         if cache.conveyor:
@@ -270,8 +271,8 @@ class _Run:
 
     def _backward(self, state, t, back):
         cache, V, C = self.cache, self.V, self.P * self.V
-        now = self._unit(t - (C - 1) - (self.P - 1 - self.stage), lambda v: V - 1 - v)
-        state, d_last = self._head(state, t - (C - 1))
+        now = self._unit(self.table.backward, t, self.stage)
+        state, d_last = self._head(state, t)
         place, slot = now.m % self.P, now.m % self._slots(state)
         # What later chunks of this stage left, and what comes from the next chunk; or from the head.
         d = pick(state.d_cache, place)
@@ -299,12 +300,12 @@ class _Run:
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
         window = at(cache.first, now.c)
         back, d = taken(d, window, cache.window)
-        total, live = state.gradient, partial(self._live, now)
-        gradient = total._replace(
-            table=self.model.embedded(total.table, d_x, micro),
-            layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), total.layers, d_layers),
-            mix=total.mix._replace(
-                sublayers=jax.tree.map(lambda a, g: a + live(g, a), total.mix.sublayers, d_mix)
+        sums, live = state.gradient, partial(self._live, now)
+        gradient = sums._replace(
+            table=self.model.embedded(sums.table, d_x, micro),
+            layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), sums.layers, d_layers),
+            mix=sums.mix._replace(
+                sublayers=jax.tree.map(lambda a, g: a + live(g, a), sums.mix.sublayers, d_mix)
             ),
         )
         place = jnp.where(now.live, place, self.P)
@@ -314,10 +315,10 @@ class _Run:
             gradient=gradient,
         )
 
-    def _head(self, state, ahead):
+    def _head(self, state, t):
         """Output read, norm and head of the microbatch that the last chunk has just left, if one has: that is
         a matter of the tick alone, so all stages take the same branch, and compute 1/P of it each."""
-        now, done = self._left(ahead)
+        now = self._unit(self.table.forward, t, self.P - 1)
         rows, micro = pick(state.cache, now.m % self._slots(state)), pick(self.batch, now.m)
         over = self.parts.mix.output, self.parts.last, self.parts.unembedding, rows
 
@@ -333,23 +334,23 @@ class _Run:
             found = jax.tree.map(jnp.zeros_like, state.total)
             return found, jax.tree.map(jnp.zeros_like, over)
 
-        found, (d_mix, d_last, d_unembedding, d_rows) = lax.cond(done, run, idle)
-        total = state.gradient
+        found, (d_mix, d_last, d_unembedding, d_rows) = lax.cond(now.live & (now.v == self.V - 1), run, idle)
+        sums = state.gradient
         add = partial(jax.tree.map, lambda a, g: a + g.astype(a.dtype))
-        gradient = total._replace(
-            mix=total.mix._replace(output=add(total.mix.output, d_mix)),
-            last=add(total.last, d_last),
-            unembedding=add(total.unembedding, d_unembedding),
+        gradient = sums._replace(
+            mix=sums.mix._replace(output=add(sums.mix.output, d_mix)),
+            last=add(sums.last, d_last),
+            unembedding=add(sums.unembedding, d_unembedding),
         )
         return state._replace(gradient=gradient, total=add(state.total, found)), d_rows
 
     def _headed(self, state, t):
         """The same, of a forward pass alone."""
-        now, done = self._left(t - (self.P * self.V - 1))
+        now = self._unit(self.table.forward, t, self.P - 1)
         rows, micro = pick(state.cache, now.m % self._slots(state)), pick(self.batch, now.m)
         over = self.parts.mix.output, self.parts.last, self.parts.unembedding, rows
         found = lax.cond(
-            done,
+            now.live & (now.v == self.V - 1),
             lambda: self._headed_once(over, micro),
             lambda: jax.tree.map(jnp.zeros_like, state.total),
         )
@@ -367,20 +368,12 @@ class _Run:
         parts = self.parts
         return self._headed_once((parts.mix.output, parts.last, parts.unembedding, rows), pick(self.batch, 0))
 
-    def _left(self, ahead):
-        """The microbatch whose last chunk ran `ahead` ticks after the first could, and whether one did."""
-        inside = (ahead >= 0) & (ahead < self.table.units)
-        at_last = ahead % (self.P * self.V) < self.P
-        number = jnp.clip(ahead, 0, self.table.units - 1)
-        m = number // (self.P * self.V) * self.P + number % self.P
-        return _Unit(inside, jnp.int32(self.V - 1), m, jnp.int32(self.P * self.V - 1)), inside & at_last
-
-    def _unit(self, number, order):
-        live = (number >= 0) & (number < self.table.units)
-        group, inside = jnp.divmod(jnp.clip(number, 0, self.table.units - 1), self.P * self.V)
-        virtual, place = jnp.divmod(inside, self.P)
-        v = order(virtual)
-        return _Unit(live, v, group * self.P + place, v * self.P + self.stage)
+    def _unit(self, entries, t, stage) -> _Unit:
+        """What `stage` runs in tick `t` by one of the timetable's tables."""
+        m, v = jnp.asarray(entries)[t, stage]
+        live = m >= 0
+        m, v = jnp.maximum(m, 0), jnp.maximum(v, 0)
+        return _Unit(live, v, m, v * self.P + stage)
 
     def _chunk(self, now, micro):
         layers, place = self.model.layers(micro), self.chunked.scheme.placement

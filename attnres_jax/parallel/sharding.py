@@ -31,6 +31,13 @@ def staged_spec(parameter: Parameter) -> P:
     return P(STAGE, *found[1:]) if parameter.path.startswith("layers/") else found
 
 
+def stored_spec(mesh: Mesh | AbstractMesh, parameter: Parameter) -> P:
+    """The same of stacks in order of depth: cut over `stage` where it divides their layers, else each stage
+    has them all while a state is saved or restored."""
+    fits = parameter.shape[0] % mesh.shape[STAGE] == 0
+    return staged_spec(parameter) if fits else spec(parameter)
+
+
 def shardings(
     tree, table: Iterable[Parameter], mesh: Mesh | AbstractMesh, of: Callable[[Parameter], P] = spec
 ):

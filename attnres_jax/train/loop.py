@@ -45,8 +45,7 @@ def _train(config, folder, devices, stop, since):
     keep = config.checkpoint
     with Checkpoints(folder / workdir.CHECKPOINTS, keep.keep, keep.keep_every) as checkpoints:
         # 3. The newest checkpoint that is whole, on this mesh, or the beginning.
-        found = checkpoints.restore(run.stored)
-        state = run.resume(found) if found else run.create()
+        state = _resumed(checkpoints, run) or run.create()
         start, steps = int(state.step), config.train.steps
         if workdir.finished(folder, start, steps):
             _say(f"{folder} is finished: {steps} updates; nothing to do")
@@ -66,6 +65,12 @@ def _train(config, folder, devices, stop, since):
             log.time(int(state.step))
         _say(log.spent())
         return int(state.step) == steps
+
+
+def _resumed(checkpoints, run):
+    """In a function of its own: no name keeps what was restored beside what is made of it."""
+    found = checkpoints.restore(run.stored)
+    return found and run.resume(found)
 
 
 class Loop(NamedTuple):

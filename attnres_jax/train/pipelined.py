@@ -36,16 +36,15 @@ class Pipelined:
         self.config, self.model, self.end = config, model, document_end(config, end)
         self.place: Any = meshes.placement(mesh)
         self.attend = transformer.attending(model, implementation, self.place)
-        scheme, size = model.scheme, max(model.scheme.schedule(model.sublayers).sizes)
+        scheme = model.scheme
         self.stages, virtual = mesh.shape[meshes.STAGE], config.train.virtual_stages
-        chunks = Chunks(model.sublayers, size, self.stages, virtual)
-        layout = Layout(model.kinds, chunks)
+        layout = layout_of(model, self.stages, virtual)
         self.staged, self.unstaged = layout.staged, layout.unstaged
         scheme = replace(scheme, implementation=implementation, placement=self.place)
         table = Timetable(self.stages, virtual, config.train.accumulation)
         self.pipeline = partial(
             Pipeline,
-            Chunked(scheme, model.kinds, chunks, REMAT[model.remat]),
+            Chunked(scheme, model.kinds, layout.chunks, REMAT[model.remat]),
             table=table,
             mesh=mesh,
             spec=self.place.spec,
@@ -139,6 +138,12 @@ def _inputs(micro):
     return micro["tokens"][:, :-1]
 
 
+def layout_of(model: ModelConfig, stages: int, virtual: int) -> Layout:
+    """How the model's layers are dealt out to the chunks of a pipeline."""
+    size = max(model.scheme.schedule(model.sublayers).sizes)
+    return Layout(model.kinds, Chunks(model.sublayers, size, stages, virtual))
+
+
 def _specs(model, mesh):
     """Where the leaves of stacked layers lie on the other axes than `stage`."""
     places = sharding.shardings(
@@ -162,7 +167,9 @@ def check(config: Config, model: ModelConfig) -> None:
         )
     stages, chunks = config.mesh.stage, config.train.vocab_chunks
     if model.vocab % (stages * chunks):
+        legal = [n for n in meshes.divisors(model.vocab) if n <= model.blocks]
         raise configs.ConfigError(
-            f"the vocabulary of {model.vocab} must be a multiple of mesh.stage x train.vocab_chunks = "
-            f"{stages} x {chunks}: each stage computes its part of the logits, in that many chunks"
+            f"mesh.stage x train.vocab_chunks = {stages} x {chunks} must divide the corpus's vocabulary of "
+            f"{model.vocab}: each stage computes its part of the logits, in that many chunks; without chunks "
+            f"mesh.stage may be {', '.join(map(str, legal))}"
         )

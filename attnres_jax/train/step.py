@@ -96,7 +96,12 @@ def programs(
     tx = optimizer(config, table)
     way = (Pipelined if pipelined else Whole)(config, model, mesh, end, implementation)
     created = partial(state.create, model, tx, config.seed)
-    stored = sharding.shardings(jax.eval_shape(created), table, mesh)
+    stored = sharding.shardings(
+        jax.eval_shape(created),
+        table,
+        mesh,
+        partial(sharding.stored_spec, mesh) if pipelined else sharding.spec,
+    )
 
     def create():
         return way.staged(created())
