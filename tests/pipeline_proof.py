@@ -139,6 +139,16 @@ def run(cell: Cell) -> dict:
     }
 
 
+def wrong(cell: Cell, row: dict) -> bool:
+    """Whether a row is not what the pages say of all."""
+    from test_pipeline import TOLERANCE
+
+    cache = cell.chunks.cache
+    units = row["forward"], row["backward"]
+    same = max(row["loss_off"], row["worst"]) <= TOLERANCE
+    return not same or units != (cache.conveyor + cache.written, cache.window)
+
+
 def unit() -> int:
     """Elements of an activation of one microbatch."""
     import test_pipeline as pipelines
@@ -221,6 +231,8 @@ def main():
         jax.clear_caches()
         pages(rows, args.out)
     pages(rows, args.out)
+    if broken := [cell.name for cell, row in rows.items() if wrong(cell, row)]:
+        sys.exit(f"not the model, or not the timetable: {'; '.join(broken)}")
 
 
 if __name__ == "__main__":
