@@ -14,7 +14,7 @@ TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 READY := $(VENV)/.ready-$(basename $(notdir $(LOCK)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train seeds evidence test test-slow test-oldest lint locks
+.PHONY: train seeds evidence test test-slow test-oldest pipeline-proof lint locks
 train: $(READY)
 	@for residual in plain block; do \
 	  $(RUN) -m attnres_jax train --config=quick:$$residual --workdir=$(RUNS)/$$residual || exit 1; \
@@ -44,6 +44,10 @@ test-slow: $(READY) $(LIBTPU)/.ready
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
+
+# Hours on two cores; goes on where it was stopped.
+pipeline-proof: $(READY)
+	PYTHONPATH=. $(RUN) tests/pipeline_proof.py --out=docs/results/pipeline
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -252,7 +252,7 @@ KEYS: dict[str, Key] = {
     "model.value_residual": Key(
         0.0, Real(0, 1, below=True), "share", "of the first attention's values in all others; 0.5: ResFormer"
     ),
-    "mesh.stage": Key(1, Whole(1, span=0), "stages", "of a pipeline, each with some of the layers; 1: none"),
+    "mesh.stage": Key(1, Whole(1, span=3), "stages", "of a pipeline, each with some of the layers; 1: none"),
     "mesh.data": Key(-1, Share(), "devices", "that divide the batch"),
     "mesh.fsdp": Key(1, Share(), "devices", "that divide the batch, and every matrix"),
     "mesh.tensor": Key(1, Share(), "devices", "that divide heads, MLP channels, vocabulary and time"),
@@ -352,6 +352,10 @@ def _one_rest(key: str, *others: str) -> Rule:
     )
 
 
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
 def _chunks(c: Mapping[str, Any]) -> int:
     return c["model.blocks"] // c["mesh.stage"]
 
@@ -388,8 +392,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "mesh.stage",
         holds=lambda c: c["mesh.stage"] <= c["model.blocks"],
-        need=lambda c: f"at most model.blocks = {c['model.blocks']}",
-        legal=lambda c: max(n for n in range(1, c["model.blocks"] + 1) if c["train.accumulation"] % n == 0),
+        need=lambda c: f"at most model.blocks = {c['model.blocks']}: each stage runs one or more",
+        legal=lambda c: max(n for n in _divisors(c["train.accumulation"]) if n <= c["model.blocks"]),
     ),
     Rule(
         "train.virtual_stages",

@@ -16,6 +16,7 @@ from attnres_jax.train import step
 from attnres_jax.train.pipelined import check
 
 DRAWS = 200
+PIPELINE = ("--config.train.accumulation=16", "--config.mesh.stage=2")
 
 
 def draw_valid(rng):
@@ -27,9 +28,10 @@ def draw_valid(rng):
 
 
 def draw_runnable(rng):
-    """As above, but what this platform cannot run: no kernel of attention is for a CPU."""
+    """As above, but for one CPU: no kernel of attention is for it, and a pipeline needs more than one."""
     flat = draw_valid(rng)
-    return flat | {"model.attention": flat["model.attention"].replace("flash", "auto")}
+    attention = flat["model.attention"].replace("flash", "auto")
+    return flat | {"model.attention": attention, "mesh.stage": 1}
 
 
 def draw_breaker(rng, rule):
@@ -209,6 +211,13 @@ def test_overrides_are_read_by_the_keys_type():
         ("quick", ["--config.model.heads=64"], r"model.heads = 64 .*such as 32"),
         ("quick", ["--config.model.kv_heads=3"], "model.kv_heads = 3 .*heads = 4, such as 2"),
         ("quick", ["--config.train.accumulation=3"], "accumulation = 3 .*batch = 16, such as 2"),
+        ("quick", ["--config.mesh.stage=2"], r"stage = 2 .* train.accumulation = 1: .*groups.*, such as 1"),
+        ("quick", [*PIPELINE, "--config.mesh.stage=16"], r"stage = 16 .*model.blocks = 8: .*, such as 8"),
+        (
+            "quick",
+            [*PIPELINE, "--config.train.virtual_stages=5"],
+            r"stages = 5 .*blocks / mesh.stage = 8 / 2.*4",
+        ),
         ("quick", ["--config.train.stop_after=351"], "stop_after = 351 .*steps = 350, such as 350"),
         ("quick", ["--config.train.steps=9"], "optim.warmup = 10 .*train.steps = 9, such as 9"),
         ("quick", ["--config.optim.schedule=wsd", "--config.optim.decay=341"], "decay = 341 .*, such as 340"),

@@ -48,14 +48,15 @@ def config_of(size, residual="block", block_size=2, mesh=None, **keys):
     return configs.from_flat(flat | {"data.batch": rows} | {k.replace("__", "."): v for k, v in keys.items()})
 
 
-def made(config, end=None):
-    """The pipelined model, that of one device, and its parameters away from their start."""
+def made(config, end=None, params=None):
+    """The pipelined model, that of one device, and `params`, or else those of a start and a little more."""
     model = configs.model_config(config, VOCAB)
     mesh = meshes.make_mesh(config.mesh.to_dict(), jax.devices()[: int(np.prod([*config.mesh.values()]))])
     alone = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     rng = np.random.default_rng(1)
-    params = state.create(model, optax.identity(), 0).params
-    params = jax.tree.map(lambda a: a + np.float32(0.1 * rng.standard_normal(a.shape)), params)
+    if params is None:
+        params = state.create(model, optax.identity(), 0).params
+        params = jax.tree.map(lambda a: a + np.float32(0.1 * rng.standard_normal(a.shape)), params)
     tokens = rng.integers(0, VOCAB, (config.data.batch, LENGTH + 1)).astype(np.int32)
     return SimpleNamespace(
         pipe=Pipelined(config, model, mesh, end, None),
@@ -66,11 +67,16 @@ def made(config, end=None):
     )
 
 
-def run(way, case, ordered=lambda tree: tree):
+def compiled(way, case):
+    """Loss and gradients of a way, in its own order."""
+    program = jax.jit(way.value_and_grad)
+    return program.lower(way.staged(case.params), case.tokens, case.count).compile(toys.QUICK)
+
+
+def run(way, case, program=None):
     """Loss and gradients of a way, in order of depth."""
-    params = way.staged(case.params)
-    program = jax.jit(way.value_and_grad).lower(params, case.tokens, case.count).compile(toys.QUICK)
-    value, gradient = program(params, case.tokens, case.count)
+    program = program or compiled(way, case)
+    value, gradient = program(way.staged(case.params), case.tokens, case.count)
     named = jax.tree.leaves_with_path(way.unstaged({"": gradient})[""])
     return float(value), {path_name(path): np.asarray(leaf) for path, leaf in named}
 

@@ -14,6 +14,7 @@ from attnres_jax.configs import UserError
 from attnres_jax.parallel import processes
 
 SAME = {"rtol": 2e-5}  # fp32, sums over the batch in another order
+STAGED = {"mesh__stage": 2, "train__accumulation": 2}  # each process is a stage of a pipeline
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,34 @@ def test_two_processes_told_to_stop_go_on_as_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_stages_told_to_stop_go_on_without_a_pipeline_and_back(tmp_path):
+    """The same of a process for each stage; then one process without stages, then two stages again."""
+    folder, whole = tmp_path / "stages", tmp_path / "one"
+    saved = told_to_stop(folder, cluster.command(folder, train__steps=10_000, **STAGED))
+    alone = STAGED | {"mesh__stage": 1}
+    for run, count, mesh, to in (
+        (folder, 1, alone, saved + 2),
+        (folder, 2, STAGED, saved + 4),
+        (whole, 1, alone, saved + 4),
+    ):
+        words = cluster.command(run, train__steps=10_000, train__stop_after=to, **mesh)
+        code, said = cluster.run(words, count)
+        assert code == 0, said
+        assert f"updates {0 if run == whole else to - 2} to" in said
+    assert_same_losses(folder, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "mesh"),
-    [(2, {"mesh__tensor": 2}), (4, {}), (4, {"mesh__data": 2, "mesh__fsdp": 2})],
-    ids=["tensor", "data", "data and fsdp"],
+    [
+        (2, {"mesh__tensor": 2}),
+        (4, {}),
+        (4, {"mesh__data": 2, "mesh__fsdp": 2}),
+        (2, STAGED),
+        (4, STAGED | {"mesh__data": 2}),
+    ],
+    ids=["tensor", "data", "data and fsdp", "stage", "stage and data"],
 )
 def test_processes_are_one(alone, tmp_path, count, mesh):
     code, said = cluster.run(cluster.command(tmp_path / "run", **mesh), count)
@@ -71,10 +96,10 @@ def test_processes_are_one(alone, tmp_path, count, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_stop_when_one_dies(tmp_path, victim):
+@pytest.mark.parametrize(("victim", "mesh"), [(0, {}), (1, {}), (1, STAGED)], ids=["0", "1", "stage 1"])
+def test_the_others_stop_when_one_dies(tmp_path, victim, mesh):
     """Within the heartbeat and a little; what was saved continues on one process."""
-    folder, steps = tmp_path / "run", {"train__steps": 10_000, "checkpoint__every": 2}
+    folder, steps = tmp_path / "run", {"train__steps": 10_000, "checkpoint__every": 2} | mesh
     running = cluster.start(cluster.command(folder, **steps), 2)
     cluster.wait_for_step(folder, 8, running)
     os.kill(cluster.member(folder, victim), signal.SIGKILL)
@@ -84,7 +109,8 @@ def test_the_others_stop_when_one_dies(tmp_path, victim):
     assert time.monotonic() - start < processes.HEARTBEAT + 15
     assert "another process is gone" in said or "another task died" in said, said
     saved = max(cluster.finished(folder))
-    code, said = cluster.run(cluster.command(folder, **steps, train__stop_after=saved + 2))
+    steps |= {"mesh__stage": 1, "train__stop_after": saved + 2}
+    code, said = cluster.run(cluster.command(folder, **steps))
     assert code == 0, said
     assert f"updates {saved} to" in said
 

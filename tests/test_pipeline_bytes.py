@@ -1,0 +1,135 @@
+"""What a compiled pipeline sends and keeps: the units of the timetable, and no more the more microbatches."""
+
+from collections import Counter
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import toys
+import wire
+from test_pipeline import LENGTH, ROWS, SMALL, VOCAB, config_of
+
+from attnres_jax.parallel.timetable import Chunks, Timetable
+from attnres_jax.train import step
+
+WIDTH = SMALL["model.width"]
+# P, V, M, transformer blocks; sublayers in an AttnRes block; units per hop forward, backward; of the history
+# at the longest hop. With three stages the two rings are different pairs.
+CELLS = {
+    "N_p 1": ((3, 2, 6, 6), 2, (2, 2), 5),
+    "N_p 2": ((3, 2, 6, 6), 1, (4, 4), 10),
+    "N_p 1/2": ((4, 2, 8, 8), 4, (2, 2), 4),
+    "N_p 1/4": ((8, 1, 8, 8), 8, (2, 2), 2),
+    # A row more forward than back: the most that leaves early and the most that is fresh are of two hops.
+    "uneven": ((3, 2, 6, 7), 4, (3, 2), 3),
+}
+FAST = {"N_p 1"}
+
+
+def compiled(size, residual="block", block_size=2, mesh=()):
+    """The train step, and what it says of itself."""
+    return _compiled(size, residual, block_size, mesh)
+
+
+@cache
+def _compiled(size, residual, block_size, mesh):
+    config = config_of(size, residual, block_size, dict(mesh))
+    count = int(np.prod([*config.mesh.values()]))
+    run = step.programs(config, VOCAB, jax.devices()[:count])
+    tokens = jax.ShapeDtypeStruct((config.data.batch, LENGTH + 1), np.int32, sharding=run.place)
+    program = run.update.lower(run.like, tokens).compile(toys.QUICK)
+    stage = np.indices(run.mesh.devices.shape)[run.mesh.axis_names.index("stage")].ravel()
+    return SimpleNamespace(
+        stage=stage,
+        messages=wire.messages(program.as_text(), count),
+        temporary=program.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def hops(found):
+    return wire.hops(found.messages, found.stage, ROWS * LENGTH * WIDTH)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CELLS]
+)
+def test_units_per_hop(name):
+    """Those of the timetable in every tick, forward and backward: (P - 1) N_p where N_p is whole."""
+    size, block_size, (forward, backward), history = CELLS[name]
+    P, V, M, blocks = size
+    chunks = Chunks(2 * blocks, block_size, P, V)
+    listed = chunks.cache
+    assert (listed.conveyor + listed.written, listed.window) == (forward, backward)
+    found = hops(compiled(size, block_size=block_size))
+    assert found.ticks == Timetable(P, V, M).phases
+    assert found.units == (forward, forward + backward, backward)
+    assert max(chunks.begun[1:-1]) == history
+    assert backward <= forward <= history
+    if V > 1 and chunks.begun == chunks.complete:
+        assert forward < history
+
+
+def test_each_way_has_its_ring():
+    """Forward to the next stage, cotangents to the one before; no pair beside these."""
+    found = compiled(CELLS["N_p 1"][0])
+    ahead = {(p, (p + 1) % 3) for p in range(3)}
+    ways = {frozenset(m.groups): 0 for m in found.messages if m.opcode == "collective-permute"}
+    for m in found.messages:
+        if m.opcode == "collective-permute":
+            ways[frozenset(m.groups)] += m.loops[0] * m.elements
+    ticks, unit = hops(found).ticks, ROWS * LENGTH * WIDTH
+    assert ways == {
+        frozenset(ahead): 2 * unit * (ticks[0] + ticks[1]),
+        frozenset((b, a) for a, b in ahead): 2 * unit * (ticks[1] + ticks[2]),
+    }
+
+
+def test_nothing_else_goes_over_stage_in_a_tick():
+    """But for the head: the last activation and its cotangent, one maximum and two sums of [B,T]."""
+    found = compiled(CELLS["N_p 1"][0])
+    others = [m for m in found.messages if m.opcode != "collective-permute" and m.crosses(found.stage)]
+    inside = [m for m in others if m.loops]
+    phases = {m.place: Counter() for m in inside}
+    for m in inside:
+        assert m.opcode == "all-reduce", m
+        phases[m.place].update(shape.dims for shape in m.shapes)
+    head = {(ROWS, LENGTH, WIDTH): 2, (ROWS, LENGTH): 3}
+    assert [*phases.values()] == [head, head]
+    assert len(others) > len(inside)  # once a step: the sums of what every stage has
+
+
+@pytest.mark.slow
+def test_plain_sends_one_unit():
+    """Its stream goes from stage to stage and around, the cotangent back."""
+    found = hops(compiled((3, 2, 6, 6), "plain"))
+    assert found.ticks == Timetable(3, 2, 6).phases
+    assert found.units == (1, 2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual", ["plain", "block"])
+@pytest.mark.parametrize("block_size", [2, 4], ids=["aligned", "parted"])
+def test_memory_is_flat_in_the_microbatches(residual, block_size):
+    """Temporaries for M = 2 P and 8 P: the same, but for the tokens, cut into microbatches. A microbatch more
+    costs less than a tenth of a unit."""
+    few, many = (compiled((2, 2, M, 4), residual, block_size).temporary for M in (4, 16))
+    unit = 4 * ROWS * LENGTH * WIDTH
+    assert 0 <= many - few < 0.1 * unit * (16 - 4)
+
+
+@pytest.mark.slow
+def test_caches_and_gradients_stay_cut_over_other_axes():
+    """stage x data x tensor: within a tick nothing is gathered but activations of one microbatch, and its
+    tokens: neither blocks that a stage keeps nor the sum of its weights' gradients."""
+    found = compiled((2, 2, 4, 4), mesh=(("data", 2), ("tensor", 2)))
+    gathered = [m for m in found.messages if m.opcode == "all-gather" and m.loops]
+    rows = ROWS, 2 * ROWS  # of a device, of all
+    assert {shape.dims for m in gathered for shape in m.shapes} <= {
+        *((count, LENGTH, WIDTH) for count in rows),
+        *((count, LENGTH) for count in rows),
+    }
+    assert not any(m.crosses(found.stage) for m in gathered)
+    unit = ROWS * (LENGTH // 2) * WIDTH  # tokens are cut over `tensor` outside sublayers
+    assert wire.hops(found.messages, found.stage, unit).units == (1, 2, 1)
