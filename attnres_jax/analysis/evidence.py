@@ -1,5 +1,6 @@
 """Runs of the rows of the paper's Table 4 as one experiment, and what its pages measure of each run."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from attnres_jax.analysis.compare import NotComparable, Run, groups, scheme
 from attnres_jax.analysis.figures import AGREES, CONTRARY, UNRESOLVED, Series
 from attnres_jax.analysis.outputs import Shares
 from attnres_jax.analysis.paper import TABLE4
-from attnres_jax.analysis.statistics import Layout, layout
+from attnres_jax.analysis.statistics import Difference, difference
 
 
 class Look(NamedTuple):
@@ -29,7 +30,6 @@ class Rows(NamedTuple):
     labels: tuple[str, ...]
     bits: Float[np.ndarray, "rows seeds"]
     """Held-out bits per byte."""
-    layout: Layout
     runs: tuple[tuple[Run, ...], ...]
 
     def of(self, name: str) -> tuple[Run, ...]:
@@ -45,6 +45,17 @@ class Rows(NamedTuple):
         a, b = (self.bits[self.names.index(name)] for name in (first, second))
         return a - b
 
+    def difference(self, first: str, second: str) -> Difference:
+        """Of the two, with its interval."""
+        return difference(self.paired(first, second).tolist())
+
+    def fate(self, first: str, second: str) -> str:
+        """What the pair says of the paper's: its sign, where zero is outside its interval."""
+        found, paper = self.difference(first, second), TABLE4[first] - TABLE4[second]
+        if abs(found.mean) <= (found.half or math.inf):
+            return UNRESOLVED
+        return AGREES if found.mean * paper > 0 else CONTRARY
+
     def lines(self, names: Sequence[str], values: Callable[[Run], Any]) -> list[Series]:
         """A line over the sublayers for each run of these schemes."""
         made = ((name, np.asarray(values(run))) for name in names for run in self.of(name))
@@ -58,20 +69,15 @@ def rows(runs: Sequence[Run]) -> Rows:
     seeds = {tuple(group.runs) for group in found}
     if len(found) < 2 or len(seeds) > 1 or len(next(iter(seeds))) < 2:
         raise NotComparable("evidence needs two rows or more, each of the same two seeds or more")
+    if "plain" not in names:
+        raise NotComparable(f"evidence needs the plain residual beside {', '.join(names)}")
     if strange := [name for name in names if name not in TABLE4]:
         raise NotComparable(f"{', '.join(strange)} is no row of Table 4: {', '.join(TABLE4)} are")
     if len(set(names)) < len(names):
         raise NotComparable(f"a scheme of {', '.join(names)} has several rows: leave all but one out")
     members = tuple(tuple(group.runs.values()) for group in found)
     bits = np.array([[run.evaluation["bits_per_byte"] for run in each] for each in members])
-    return Rows(names, tuple(group.label for group in found), bits, layout(bits), members)
-
-
-def fate(ours, paper, half):
-    """What a difference with a half-interval says of the paper's."""
-    if abs(ours) <= half:
-        return UNRESOLVED
-    return AGREES if ours * paper > 0 else CONTRARY
+    return Rows(names, tuple(group.label for group in found), bits, members)
 
 
 class Dynamics(NamedTuple):

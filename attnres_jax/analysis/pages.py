@@ -21,7 +21,6 @@ from attnres_jax.analysis.evidence import (
     Rows,
     Structure,
     dynamics,
-    fate,
     gradients,
     rows,
     structure,
@@ -101,15 +100,14 @@ def schemes(table: Rows, out: Path) -> Page:
     drawn = figures.differences(gains, "to plain (bits / byte)", "to its baseline (nats / token)")
     body = [
         _markdown(
-            ["pair", "paper", "by seed", "mean", "paired interval", "detectable", "interval of all", ""],
+            ["pair", "paper", "by seed", "mean", "interval", "detectable", ""],
             [_claim(table, *pair) for pair in pairs],
         ),
         "Held-out bits per byte, the first minus the second; the paper's are nats per token (Table 4). "
-        f"Intervals are at {LEVEL:.0%}. The paired one (Student's t) knows the pair's {seeds} differences "
-        f"alone. The other takes the spread from the layout of {len(table.names)} rows by {seeds} seeds "
-        f"(standard deviation {table.layout.deviation:.4f}, {table.layout.freedom} degrees of freedom), "
-        "taken to be the same in all rows; the last column goes by it. Detectable: the true difference "
-        "that so many seeds of the pair's own spread show with power 80 %, by the paired test.",
+        f"Intervals are at {LEVEL:.0%}, Student's t of the pair's {seeds} differences alone; the last "
+        "column goes by them. Detectable: the true difference that so many seeds of that spread show with "
+        "power 80 %.",
+        f"Parameters: {_parameters(table)}.",
         _figure(drawn, out, "differences", "Differences to plain, beside the paper's"),
         _figure(compare.loss_curves(_main_runs(table)), out, "loss-main", "Loss"),
         "**Not shown**: whether a difference lasts to convergence or with a rate tuned for each scheme. "
@@ -153,11 +151,11 @@ def by_depth(table: Rows, looks: Mapping[str, Look], out: Path) -> Page:
 
 def ablations(table: Rows, out: Path) -> Page:
     """The order of Table 4: all pairs of rows."""
-    order, half = _paper_order(table), table.layout.half_of_all
-    ours, paper = table.bits.mean(1)[order], np.array([TABLE4[table.names[at]] for at in order])
-    labels = [table.labels[at] for at in order]
+    order = _paper_order(table)
+    names, labels = ([which[at] for at in order] for which in (table.names, table.labels))
+    ours, paper = table.bits.mean(1)[order], np.array([TABLE4[name] for name in names])
     pairs = [(i, j) for i, j in itertools.product(range(len(order)), repeat=2) if j < i]
-    fates = {(i, j): fate(ours[i] - ours[j], paper[i] - paper[j], half) for i, j in pairs}
+    fates = {(i, j): table.fate(names[i], names[j]) for i, j in pairs}
     count = {each: list(fates.values()).count(each) for each in (AGREES, CONTRARY, UNRESOLVED)}
     tau: Any = stats.kendalltau(ours, paper)
     against = [f"{labels[j]} above {labels[i]}" for (i, j), each in fates.items() if each == CONTRARY]
@@ -175,11 +173,11 @@ def ablations(table: Rows, out: Path) -> Page:
         _figure(
             figures.orders(labels, ours[:, None] - ours[None], fates), out, "orders", "All pairs of rows"
         ),
-        f"A pair is resolved where its difference is beyond {half:.4f} bits per byte: Tukey's range for all "
-        f"pairs at once, at {LEVEL:.0%} (standard deviation {table.layout.deviation:.4f}, "
-        f"{table.layout.freedom} degrees of freedom). Rows and columns are in the paper's order, the best "
-        "first; a number is the row's loss minus the column's in thousandths of a bit per byte, so a "
-        "positive one is in the paper's order.",
+        f"A pair is resolved where zero lies outside the {LEVEL:.0%} interval of its own differences by "
+        "seed (Student's t), each pair by itself: were there no differences at all, "
+        f"{(1 - LEVEL) * len(pairs):.1f} of these pairs would still be expected to come out resolved. Rows "
+        "and columns are in the paper's order, the best first; a number is the row's loss minus the "
+        "column's in thousandths of a bit per byte, so a positive one is in the paper's order.",
         f"Contrary, in loss: {'; '.join(against) or 'none'}.",
         "**Not shown**: that an unresolved pair is equal. The paper has one run of each row, at 436M active "
         "parameters: its smallest differences (0.001) come without an interval.",
@@ -274,6 +272,11 @@ def _main(table):
     return [name for name in MAIN if name in table.names]
 
 
+def _parameters(table):
+    counts = (f"{table.label(name)} {table.of(name)[0].parameters:,}" for name in _main(table))
+    return ", ".join(counts)
+
+
 def _main_runs(table):
     return [run for name in _main(table) for run in table.of(name)]
 
@@ -289,8 +292,8 @@ def _paper_order(table):
 
 def _gain(table, at):
     name = table.names[at]
-    values, paper = table.paired(name, "plain"), TABLE4[name] - TABLE4["plain"]
-    return figures.Gain(table.labels[at], values.tolist(), table.layout.half, paper)
+    found, paper = table.difference(name, "plain"), TABLE4[name] - TABLE4["plain"]
+    return figures.Gain(table.labels[at], table.paired(name, "plain").tolist(), found.half, paper)
 
 
 def _gained(table, at):
@@ -298,28 +301,28 @@ def _gained(table, at):
 
 
 def _claim(table, first, second):
-    values, paper = table.paired(first, second), TABLE4[first] - TABLE4[second]
-    found = difference(values.tolist())
+    found = table.difference(first, second)
     return [
         f"{table.label(first)} - {table.label(second)}",
-        f"{paper:+.3f}",
-        ", ".join(f"{value:+.4f}" for value in values),
+        f"{TABLE4[first] - TABLE4[second]:+.3f}",
+        ", ".join(f"{value:+.4f}" for value in table.paired(first, second)),
         f"{found.mean:+.4f}",
         f"± {found.half:.4f}",
         f"{found.detectable:.4f}",
-        f"± {table.layout.half:.4f}",
-        fate(found.mean, paper, table.layout.half),
+        table.fate(first, second),
     ]
 
 
 def _relation(table, first, second):
-    values, half = table.paired(first, second), table.layout.half
-    mean, wins = float(values.mean()), f"lower in {np.sum(values < 0)} of {len(values)} seeds"
+    found, values = table.difference(first, second), table.paired(first, second)
+    wins = f"lower in {np.sum(values < 0)} of {len(values)} seeds"
     one, other = table.label(first), table.label(second)
-    if abs(mean) <= half:
-        return f"{one} and {other} are not told apart ({mean:+.4f} ± {half:.4f} bits/byte, {wins})"
-    word = "below" if mean < 0 else "above"
-    return f"{one} is {word} {other} by {abs(mean):.4f} ± {half:.4f} bits/byte ({wins})"
+    if table.fate(first, second) == UNRESOLVED:
+        return (
+            f"{one} and {other} are not told apart ({found.mean:+.4f} ± {found.half:.4f} bits/byte, {wins})"
+        )
+    word = "below" if found.mean < 0 else "above"
+    return f"{one} is {word} {other} by {abs(found.mean):.4f} ± {found.half:.4f} bits/byte ({wins})"
 
 
 def _evenness(found):

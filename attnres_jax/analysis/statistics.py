@@ -4,9 +4,6 @@ With one number a seed (the difference of two runs that share initial weights an
 Student's, at LEVEL of two sides. The minimum detectable difference is the true mean that a two-sided t-test
 at 1 - LEVEL would call different from zero with probability POWER, were the standard deviation the measured
 one. A smaller difference may be there and not be seen.
-
-Many rows over the same seeds are a two-way layout: what is left beside the mean of a row and that of a seed
-has the same spread in all rows, it is assumed, which is then known far better than from three seeds.
 """
 
 import math
@@ -14,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from scipy import optimize, stats
 
 LEVEL = 0.95
@@ -59,29 +55,6 @@ def detectable(n: int) -> float:
 
     root: Any = optimize.brentq(missing, 0.0, 4 * critical)
     return float(root)
-
-
-class Layout(NamedTuple):
-    """What a two-way layout says of the difference between the means of two of its rows."""
-
-    deviation: float
-    """Of what is left beside the means of row and seed."""
-    freedom: int
-    half: float
-    """Of the interval at LEVEL of one difference, named in advance: Student's t."""
-    half_of_all: float
-    """Of those of all differences together, which hold at once with probability LEVEL: Tukey's range."""
-
-
-def layout(values: Float[np.ndarray, "rows seeds"]) -> Layout:
-    """Of one value for each row and seed, two of each or more."""
-    rows, seeds = values.shape
-    left = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-    freedom = (rows - 1) * (seeds - 1)
-    deviation = math.sqrt(float(np.sum(left**2)) / freedom)
-    error = deviation / math.sqrt(seeds)
-    tukey = float(stats.studentized_range.ppf(LEVEL, rows, freedom))
-    return Layout(deviation, freedom, math.sqrt(2) * _critical(freedom) * error, tukey * error)
 
 
 def _critical(freedom):
