@@ -15,7 +15,7 @@ from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
 from attnres_jax.models.table import path_name
 from attnres_jax.parallel import mesh, sharding
-from attnres_jax.train import optim, state
+from attnres_jax.train import optim, pipelined, state
 
 
 class Row(NamedTuple):
@@ -56,14 +56,19 @@ def rows(config: Config, vocab: int, sizes: dict[str, int]) -> list[Row]:
     model = configs.model_config(config, vocab)
     table = parameters(model)
     sharding.check(table, on, config.data.batch // config.train.accumulation, config.data.length)
-    like = jax.eval_shape(partial(state.create, model, optim.optimizer(config, table), 0))
-    own = _bytes(like.params, sharding.shardings(like.params, table, on))
-    kept = _bytes(like.opt_state, sharding.shardings(like.opt_state, table, on))
+    create, of = partial(state.create, model, optim.optimizer(config, table), 0), sharding.spec
+    like = jax.eval_shape(create)
+    if sizes[mesh.STAGE] > 1:
+        pipelined.check(config, model)
+        of = sharding.staged_spec
+        like = jax.eval_shape(pipelined.layout(config, model, sizes[mesh.STAGE]).staged, like)
+    own = _bytes(like.params, sharding.shardings(like.params, table, on, of))
+    kept = _bytes(like.opt_state, sharding.shardings(like.opt_state, table, on, of))
     return [
         Row(
             p.path,
             optim.group(config, p),
-            " ".join(f"{a}:{m}" for a, m in zip(p.axes, sharding.spec(p), strict=False) if m) or "whole",
+            " ".join(f"{a}:{m}" for a, m in zip(p.axes, of(p), strict=False) if m) or "whole",
             own[p.path],
             sum(size for path, size in kept.items() if sharding.owner(path, own) == p.path),
         )
