@@ -43,6 +43,17 @@ def test_the_state_by_hand():
     assert cut - (whole - matrices * 4) == matrices
 
 
+def test_the_state_of_a_stage():
+    """Of four stages a quarter of the layers each, the embedding whole; five blocks fill six places."""
+    d = 768
+    layer, table = 4 * d * d + 3 * d * 2048, VOCAB * d
+    accumulation = "train.accumulation=4", "data.batch=64"
+    for blocks, each in ((12, 3), (5, 2)):
+        c = config("mesh.stage=4", f"model.blocks={blocks}", *accumulation)
+        parameters, _ = fit.state(c, VOCAB, DEVICES)
+        assert parameters == pytest.approx(4 * (each * layer + table), rel=1e-3)
+
+
 def test_what_fits():
     assert fit.Memory(1, 2, 1, 7, 10).fits
     assert not fit.Memory(1, 2, 1, 8, 10).fits
@@ -180,9 +191,10 @@ def compile_it(*words):
 @needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
-def test_a_small_step_end_to_end(tmp_path):
-    """On two slices: kernels on, what is counted is plausible, only gradients go over the network."""
-    code, said, error = compile_it("--slices=2", f"--out={tmp_path / 'r.json'}")
+@pytest.mark.parametrize("more", ["", "--config.mesh.stage=2 --config.train.accumulation=4"])
+def test_a_small_step_end_to_end(tmp_path, more):
+    """On two slices, also as a pipeline: kernels on, what is counted is plausible."""
+    code, said, error = compile_it("--slices=2", f"--out={tmp_path / 'r.json'}", *more.split())
     assert code == 0, error
     assert "block: fits" in said
     found = json.loads((tmp_path / "r.json").read_text())
@@ -191,7 +203,9 @@ def test_a_small_step_end_to_end(tmp_path):
     assert any(name.startswith("depth_mix") for name in block["kernels"])
     assert 0.5 < block["flops"] / block["model_flops"] < 3
     assert block["estimate_seconds"] > block["roofline_seconds"] > 0
-    assert {total["kind"] for total in block["collectives"]} >= {"all-gather", "all-reduce"}
+    kinds = {total["kind"] for total in block["collectives"]}
+    assert kinds >= {"all-gather", "all-reduce"}
+    assert ("collective-permute" in kinds) == bool(more)
     assert found["compile_memory"] > 1e8
 
 
@@ -201,9 +215,10 @@ def test_a_small_step_end_to_end(tmp_path):
 def test_a_step_that_does_not_fit(tmp_path):
     """The compiler refuses it; the first knob in order is compiled and fits."""
     more = ["--vocab=65536", "--config.data.batch=2048", "--config.data.length=2048", "--tries=1"]
+    more += ["--config.residual=plain", "--config.model.blocks=1"]
     code, said, error = compile_it(*more, f"--out={tmp_path / 'r.json'}")
     assert code == 1, error
-    (tried,) = json.loads((tmp_path / "r.json").read_text())["arms"]["block"]["tried"]
+    (tried,) = json.loads((tmp_path / "r.json").read_text())["arms"]["plain"]["tried"]
     assert tried["knob"].startswith("--config.train.accumulation=")
     assert tried["fits"]
     assert "compiled, fits" in said

@@ -56,20 +56,19 @@ def rows(config: Config, vocab: int, sizes: dict[str, int]) -> list[Row]:
     model = configs.model_config(config, vocab)
     table = parameters(model)
     sharding.check(table, on, config.data.batch // config.train.accumulation, config.data.length)
-    create, place = partial(state.create, model, optim.optimizer(config, table), 0), sharding.spec
-    if (stages := sizes[mesh.STAGE]) > 1:
+    create, of = partial(state.create, model, optim.optimizer(config, table), 0), sharding.spec
+    like = jax.eval_shape(create)
+    if sizes[mesh.STAGE] > 1:
         pipelined.check(config, model)
-        layout, place = pipelined.layout_of(model, stages, config.train.virtual_stages), sharding.staged_spec
-        like = jax.eval_shape(lambda: layout.staged(create()))
-    else:
-        like = jax.eval_shape(create)
-    own = _bytes(like.params, sharding.shardings(like.params, table, on, place))
-    kept = _bytes(like.opt_state, sharding.shardings(like.opt_state, table, on, place))
+        of = sharding.staged_spec
+        like = jax.eval_shape(pipelined.layout(config, model, sizes[mesh.STAGE]).staged, like)
+    own = _bytes(like.params, sharding.shardings(like.params, table, on, of))
+    kept = _bytes(like.opt_state, sharding.shardings(like.opt_state, table, on, of))
     return [
         Row(
             p.path,
             optim.group(config, p),
-            " ".join(f"{a}:{m}" for a, m in zip(p.axes, place(p), strict=False) if m) or "whole",
+            " ".join(f"{a}:{m}" for a, m in zip(p.axes, of(p), strict=False) if m) or "whole",
             own[p.path],
             sum(size for path, size in kept.items() if sharding.owner(path, own) == p.path),
         )

@@ -27,6 +27,12 @@ from attnres_jax.train import state
 from attnres_jax.train.loss import document_end, documents, objective, over_stages
 
 
+def layout(config: Config, model: ModelConfig, stages: int) -> Layout:
+    """Which layers each of so many stages has."""
+    size = max(model.scheme.schedule(model.sublayers).sizes)
+    return Layout(model.kinds, Chunks(model.sublayers, size, stages, config.train.virtual_stages))
+
+
 class Pipelined:
     """`config` on the pipelined `mesh`; parameters are in order of stages (`layout`)."""
 
@@ -36,15 +42,14 @@ class Pipelined:
         self.config, self.model, self.end = config, model, document_end(config, end)
         self.place: Any = meshes.placement(mesh)
         self.attend = transformer.attending(model, implementation, self.place)
-        scheme = model.scheme
-        self.stages, virtual = mesh.shape[meshes.STAGE], config.train.virtual_stages
-        layout = layout_of(model, self.stages, virtual)
-        self.staged, self.unstaged = layout.staged, layout.unstaged
-        scheme = replace(scheme, implementation=implementation, placement=self.place)
-        table = Timetable(self.stages, virtual, config.train.accumulation)
+        self.stages = mesh.shape[meshes.STAGE]
+        layers = layout(config, model, self.stages)
+        self.staged, self.unstaged = layers.staged, layers.unstaged
+        scheme = replace(model.scheme, implementation=implementation, placement=self.place)
+        table = Timetable(self.stages, config.train.virtual_stages, config.train.accumulation)
         self.pipeline = partial(
             Pipeline,
-            Chunked(scheme, model.kinds, layout.chunks, REMAT[model.remat]),
+            Chunked(scheme, model.kinds, layers.chunks, REMAT[model.remat]),
             table=table,
             mesh=mesh,
             spec=self.place.spec,
@@ -136,12 +141,6 @@ def _cut(a, *axes):
 
 def _inputs(micro):
     return micro["tokens"][:, :-1]
-
-
-def layout_of(model: ModelConfig, stages: int, virtual: int) -> Layout:
-    """How the model's layers are dealt out to the chunks of a pipeline."""
-    size = max(model.scheme.schedule(model.sublayers).sizes)
-    return Layout(model.kinds, Chunks(model.sublayers, size, stages, virtual))
 
 
 def _specs(model, mesh):
