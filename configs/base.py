@@ -357,7 +357,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _chunks(c: Mapping[str, Any]) -> int:
-    return c["model.blocks"] // c["mesh.stage"]
+    return max(c["model.blocks"] // c["mesh.stage"], 1)  # more stages than blocks is another rule's
 
 
 def _reads(c: Mapping[str, Any], option: str) -> bool:
