@@ -125,7 +125,7 @@ def test_trained_on_stages_as_on_one(corpus, tmp_path, optimizer):
 
 def test_a_vocabulary_that_stages_do_not_divide(corpus):
     with pytest.raises(
-        configs.ConfigError, match=r"vocabulary of 20 must be .* = 2 x 3: each stage"
+        configs.ConfigError, match=r"mesh.stage x train.vocab_chunks = 2 x 3 must divide .* 20: each stage"
     ) as error:
         step.programs(config(corpus, **STAGED, **{"train.vocab_chunks": 3}), 20, jax.devices()[:2])
     assert "\n" not in str(error.value)

@@ -54,8 +54,8 @@ class Chunked:
         if self.scheme.append_only:
             return self.chunks.cache
         zeros = (0,) * (self.chunks.count + 1)
-        sizes = {"rows": 1, "window": 1, "conveyor": 0, "written": 1}
-        return Cache(**sizes, first=zeros, early=zeros, fresh=zeros[:-1])
+        where: dict[str, Any] = {"first": zeros, "early": zeros, "fresh": zeros[:-1]}
+        return Cache(rows=1, window=1, conveyor=0, written=1, **where)
 
     @property
     def parted(self) -> bool:
