@@ -93,7 +93,7 @@ def off(gradient, wanted):
     return max(np.abs(gradient[k] - wanted[k]).max() / max(np.abs(wanted[k]).max(), 1e-9) for k in wanted)
 
 
-FAST = {"N_p 1", "uneven"}
+FAST = {"uneven"}
 CELLS = {
     "N_p 1": ((2, 2, 4, 4), {}),
     "N_p 2": ((2, 1, 4, 4), {}),

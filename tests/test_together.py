@@ -16,6 +16,7 @@ def flat(folder):
     return [found["step"], found["tokens"], found["loss"], *found["position_bits"]]
 
 
+@pytest.mark.slow
 def test_each_seed_is_its_single_run(tiny, tmp_path):
     """Losses, evaluation, statistics by depth and parameters, to fp32 rounding; each has its own data."""
     config = tiny(seed=3, residual="block")
@@ -38,6 +39,7 @@ def test_each_seed_is_its_single_run(tiny, tmp_path):
     assert len(losses(tmp_path / "both/seed-3")) == 4
 
 
+@pytest.mark.slow
 def test_seeds_resume_bit_for_bit(tiny, tmp_path):
     """Train 4 = train 2, stop, resume 2."""
     together.train(tiny(), 2, tmp_path / "whole")
@@ -49,6 +51,7 @@ def test_seeds_resume_bit_for_bit(tiny, tmp_path):
         assert_same(restored(tiny(), whole), restored(tiny(), halves))
 
 
+@pytest.mark.slow
 def test_seeds_at_different_updates_are_refused(tiny, tmp_path):
     together.train(tiny(train__stop_after=2), 2, tmp_path)
     loop.train(tiny(seed=1), tmp_path / "seed-1")

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import toys
+from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from attnres_jax import __main__, configs
@@ -371,7 +372,7 @@ def test_a_saved_state_is_a_copy(tiny, tmp_path):
     for at, params in states.items():
         loaded = checkpoint.load_run(tmp_path, at)
         assert loaded.step == at
-        assert_same(checkpoint.nnx.to_pure_dict(checkpoint.nnx.state(loaded.model)), params)
+        assert_same(nnx.to_pure_dict(nnx.state(loaded.model)), params)
 
 
 def test_which_checkpoint(whole, tmp_path):
