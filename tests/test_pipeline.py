@@ -88,8 +88,8 @@ def assert_same(case, tolerance=TOLERANCE):
 
 
 def off(gradient, wanted):
-    """The largest error of a leaf, beside the largest of its entries, or a 200th of the largest of all leaves:
-    tiny gradients have the rounding of what they are computed from."""
+    """The largest error of a leaf, beside the largest of its entries, or a 200th of the largest of all
+    leaves: tiny gradients have the rounding of what they are computed from."""
     assert gradient.keys() == wanted.keys()
     largest = {k: np.abs(leaf).max() for k, leaf in wanted.items()}
     least = max(largest.values()) / 200
