@@ -104,6 +104,12 @@ def from_rows(
     return jax.make_array_from_callback(shape, place, local)
 
 
+def microbatches(batch: jax.Array, count: int) -> jax.Array:
+    """[B, ...] as [count, B / count, ...]. Each takes every `count`-th row: rows spread over devices are
+    spread in each of them alike."""
+    return batch.reshape(-1, count, *batch.shape[1:]).swapaxes(0, 1)
+
+
 def divisors(number: int) -> list[int]:
     """Of a positive number, in order."""
     return [n for n in range(1, number + 1) if number % n == 0]

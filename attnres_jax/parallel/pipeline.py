@@ -122,8 +122,8 @@ class Pipeline:
     def _mapped(self, program, parts, batch, gradients):
         """The program of every stage. The head is cut over stages by a new last axis, so that a vocabulary
         that is cut over `tensor` stays so on each of them."""
-        count = self.table.stages
-        parts = parts._replace(unembedding=_by_stage(parts.unembedding, count))
+        w = parts.unembedding
+        parts = parts._replace(unembedding=w.reshape(len(w), -1, self.table.stages))
         spec = Parts(P(), jax.tree.map(lambda _: P(STAGE), parts.layers), P(), P(), P(None, None, STAGE))
 
         def run(parts, batch):
@@ -142,10 +142,6 @@ class Pipeline:
         value, gradient = found
         own = gradient.unembedding
         return value, gradient._replace(unembedding=own.reshape(len(own), -1))
-
-
-def _by_stage(w, count):
-    return w.reshape(len(w), -1, count)
 
 
 class _Unit(NamedTuple):

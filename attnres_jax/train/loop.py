@@ -57,14 +57,9 @@ def _train(config, folder, devices, stop, since):
             log.time(start)
             loop = Loop(config, run, corpus, checkpoints, log)
             # 5. Batches from there on: the step is their position.
-            state = loop.steps(state, batches, stop, trace)
-            if int(state.step) == steps:
-                loop.finish(state, folder)
-            elif stop.why:
-                _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
-            log.time(int(state.step))
+            finished = loop.to_the_end(state, batches, stop, trace, folder)
         _say(log.spent())
-        return int(state.step) == steps
+        return finished
 
 
 def _resumed(checkpoints, run):
@@ -81,6 +76,19 @@ class Loop(NamedTuple):
     corpus: Corpus
     checkpoints: Checkpoints
     log: MetricLog
+
+    def to_the_end(
+        self, state: State, batches: Batches, stop: stopping.Stop, trace: Trace, folder: Path
+    ) -> bool:
+        """`steps`, and `finish` where they were the last; whether they were."""
+        state = self.steps(state, batches, stop, trace)
+        finished = int(state.step) == self.config.train.steps
+        if finished:
+            self.finish(state, folder)
+        elif stop.why:
+            _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
+        self.log.time(int(state.step))
+        return finished
 
     def steps(self, state: State, batches: Batches, stop: stopping.Stop, trace: Trace) -> State:
         """Update from `state.step` on; `batches` gives the tokens of a step."""

@@ -130,9 +130,7 @@ class Pipelined:
         )
 
     def _microbatches(self, batch):
-        """Each takes every M-th row: rows spread over devices are spread in each of them alike."""
-        count = self.config.train.accumulation
-        return batch.reshape(-1, count, *batch.shape[1:]).swapaxes(0, 1)
+        return meshes.microbatches(batch, self.config.train.accumulation)
 
 
 def _cut(a, *axes):

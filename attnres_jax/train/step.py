@@ -197,10 +197,7 @@ def look(model: Any, tokens: Int[Array, "B T1"], end: int | None = None) -> Dept
 def accumulated(
     loss: Loss, params: Any, tokens: Int[Array, "B T1"], microbatches: int
 ) -> tuple[tuple[Float[Array, ""], Any], Any]:
-    """Loss and gradient of the batch, added up over equal microbatches one after the other.
-
-    Each takes every `microbatches`-th row: rows spread over devices are spread in each of them alike.
-    """
+    """Loss and gradient of the batch, added up over equal microbatches one after the other."""
     function = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return function(params, tokens)
@@ -209,8 +206,7 @@ def accumulated(
         return jax.tree.map(jnp.add, total, function(params, tokens)), None
 
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, tokens))
-    parts = tokens.reshape(-1, microbatches, tokens.shape[1]).swapaxes(0, 1)
-    return jax.lax.scan(add, zero, parts)[0]
+    return jax.lax.scan(add, zero, meshes.microbatches(tokens, microbatches))[0]
 
 
 def _updated(tx, now, loss, gradient, by_depth):

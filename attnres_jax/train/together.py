@@ -73,13 +73,7 @@ def _train(config, seeds, folder, devices, stop, stack, since):
     batches = _Batches([train_batches(corpus.train, data.length, data.batch, m.seed) for m in members])
     parts: Any = (checkpoints, log)
     loop = _Loop(config, _together(one, seeds), corpus, *parts)
-    state = loop.steps(state, batches, stop, trace)
-    if int(state.step) == steps:
-        loop.finish(state, folder)
-    elif stop.why:
-        _say(f"{stop.why}: saved step {int(state.step)}; the same command continues it")
-    log.time(int(state.step))
-    return int(state.step) == steps
+    return loop.to_the_end(state, batches, stop, trace, folder)
 
 
 class _Loop(Loop):
