@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnres_jax.bench import hlo
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+from attnres_jax.bench.cost import COLLECTIVES
 
 
 class Message(NamedTuple):
