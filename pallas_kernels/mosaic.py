@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 SHARED_BYTES = 223 * 1024  # of a Hopper's 227 KiB per program; the rest is for barriers and the compiler
-PROGRAMS = 264  # two for each of a Hopper's 132 processors
+PROCESSORS = 132  # of a Hopper
 
 
 def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret):

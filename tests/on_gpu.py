@@ -1,15 +1,15 @@
 """The GPU kernels on a GPU against the equations in fp64: `python tests/on_gpu.py gpu`, or `triton`.
 
 Large and odd shapes, then those of test_kernels_gpu.py; one line each, exit code 1 if any is off. A second
-argument is the seconds after which no other row is begun. A kernel that waits for ever has to be stopped from
-outside.
+argument is the seconds after which no other row is begun; a third, as 2/4, the second of four equal parts of
+the rows, for several processes at once. A kernel that waits for ever has to be stopped from outside.
 """
 
 import importlib
 import sys
 import time
 import traceback
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import jax
 import test_kernels_gpu as checks
@@ -22,11 +22,11 @@ LARGE_MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
     (513, 4096, 3, BF16, True, False, 0, True, False),
 ]
 LARGE_MIX = [  # S, rows of each array, visible of them, tokens, D, given
-    (12, [9], [None], 1023, 2048, True),
-    (12, [9], [7], 513, 7168, True),
-    (6, [1, 1, 6], [None, None, 4], 1023, 2304, False),
-    (1, [9], [None], 1023, 4096, False),
-    (16, [16], [None], 259, 1024, True),
+    (12, [9], [None], 1024, 2048, True),
+    (12, [9], [7], 520, 7168, True),
+    (6, [1, 1, 6], [None, None, 4], 1024, 2304, False),
+    (1, [9], [None], 1024, 4096, False),
+    (16, [16], [None], 264, 1024, True),
 ]
 TRITON_ONLY = [(3, [4], [3], 63, 1000, True), (2, [2], [None], 8191, 960, False)]
 
@@ -57,13 +57,14 @@ def values(parameters):
     return [p.values for p in parameters]
 
 
-def main(backend, seconds="inf"):
+def main(backend, seconds="inf", part="1/1"):
     """Check every row; the number of those that are off."""
+    first, parts = map(int, part.split("/"))
     begun = time.monotonic()
     jax.config.update("jax_default_matmul_precision", "highest")  # of the equations
     print(f"{backend} on {jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
     failed = 0
-    for name, check, arguments in rows(backend):
+    for name, check, arguments in islice(rows(backend), first - 1, None, parts):
         start = time.monotonic()
         if start - begun > float(seconds):
             print(f"no time for {name}", flush=True)

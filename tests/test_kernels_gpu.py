@@ -22,6 +22,7 @@ from attnres_jax.bench import h200
 from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
 from pallas_kernels.depth_mix import gpu_backward
+from pallas_kernels.depth_mix.gpu_tiles import Shape
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 RACES = plgpu.InterpretGPUParams(detect_races=True)
@@ -134,7 +135,7 @@ MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
 
 @pytest.mark.parametrize(("tokens", "D", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
 def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
-    monkeypatch.setattr(merge_gpu, "PROGRAMS", 2)  # so that a program walks over several rows
+    monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)  # so that a program walks over several rows
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(merge_gpu, a, j, first, keep, interpret=RACES)
@@ -176,7 +177,7 @@ def seen(arrays, counts):
 def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, roundings=1, **options):
     """Values and gradients of S queries; counts are traced, hidden rows are NaN."""
     draw = np.random.default_rng(1).standard_normal
-    w = jnp.asarray(draw((S, D)) * 0.1, jnp.float32)
+    w = jnp.asarray(draw((S, D)) * 2 * D**-0.5, jnp.float32)  # scores of size 2
     sources = tuple(jnp.asarray(draw((r, tokens, D)), dtype) for r in lengths)
     sources = tuple(v if n is None else v.at[n:].set(jnp.nan) for v, n in zip(sources, counts, strict=True))
     so_far = tuple(jnp.asarray(draw(v.shape), dtype) for v in sources)
@@ -206,19 +207,19 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
 
 
 MIX = [  # S, rows of each array, visible of them, tokens, D, given
-    pytest.param(3, [1, 4], [None, 2], 5, 128, True, id="two arrays, counted"),
-    pytest.param(1, [3], [None], 9, 64, False, id="single read", marks=pytest.mark.slow),
-    pytest.param(1, [1, 4], [None, 2], 5, 128, True, id="single read, counted"),
-    pytest.param(3, [4], [1], 3, 192, False, id="one visible row", marks=pytest.mark.slow),
-    pytest.param(12, [3, 7], [None, None], 17, 128, True, id="more than eight rows", marks=pytest.mark.slow),
-    pytest.param(17, [2], [None], 3, 64, True, id="more than 16 queries", marks=pytest.mark.slow),
-    pytest.param(2, [2, 7], [None, 6], 25, 320, True, id="rings turn", marks=pytest.mark.slow),
+    pytest.param(3, [1, 4], [None, 2], 5, 256, True, id="two arrays, counted"),
+    pytest.param(1, [3], [None], 16, 256, False, id="single read", marks=pytest.mark.slow),
+    pytest.param(1, [1, 4], [None, 2], 5, 256, True, id="single read, counted"),
+    pytest.param(3, [4], [1], 3, 256, False, id="one visible row", marks=pytest.mark.slow),
+    pytest.param(12, [3, 7], [None, None], 24, 256, True, id="more than eight rows", marks=pytest.mark.slow),
+    pytest.param(17, [2], [None], 3, 256, True, id="more than 16 queries", marks=pytest.mark.slow),
+    pytest.param(2, [2, 7], [None, 6], 32, 512, True, id="rings turn", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("S", "lengths", "counts", "tokens", "D", "given"), MIX)
 def test_mosaic_mix(S, lengths, counts, tokens, D, given, monkeypatch):
-    monkeypatch.setattr(gpu_backward, "PROGRAMS", 1)  # so that a program walks over several blocks
+    monkeypatch.setattr(gpu_backward, "PROCESSORS", 1)  # so that a program walks over several tokens
     roundings = -(-S // mix_gpu.QUERIES)  # of d_sources, once for each 16 queries
     check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, roundings=roundings, interpret=RACES)
 
@@ -239,9 +240,9 @@ def test_triton_mix(S, lengths, counts, tokens, D, _, given, dtype, triton):
 def check_one_source_has_no_query_gradient(backend, **options):
     draw = np.random.default_rng(2).standard_normal
     w, v, d = (
-        jnp.asarray(draw((2, 64)), F32),
-        jnp.asarray(draw((1, 3, 64)), BF16),
-        jnp.asarray(draw((2, 3, 64)), BF16),
+        jnp.asarray(draw((2, 256)), F32),
+        jnp.asarray(draw((1, 3, 256)), BF16),
+        jnp.asarray(draw((2, 3, 256)), BF16),
     )
     out = backend.forward(w, (v,), (None,), eps=EPS, **options)
     dw, (dv,) = backend.backward(
@@ -293,10 +294,10 @@ def test_merge_refuses_mixed_dtypes():
 
 
 BAD_MIX = [  # rows, D, dtype, what the error says
-    pytest.param(2, 72, BF16, r"sources: D = 72 is not a multiple of 64", id="D"),
-    pytest.param(17, 64, BF16, r"sources: R = 17 rows, not from 1 to 16", id="too many rows"),
-    pytest.param(0, 64, BF16, r"sources: R = 0 rows", id="no rows"),
-    pytest.param(2, 64, F32, r"sources\[0\]: dtype float32", id="fp32"),
+    pytest.param(2, 72, BF16, r"sources: D = 72 is not a multiple of 256", id="D"),
+    pytest.param(17, 256, BF16, r"sources: R = 17 rows, not from 1 to 16", id="too many rows"),
+    pytest.param(0, 256, BF16, r"sources: R = 0 rows", id="no rows"),
+    pytest.param(2, 256, F32, r"sources\[0\]: dtype float32", id="fp32"),
 ]
 
 
@@ -304,6 +305,21 @@ BAD_MIX = [  # rows, D, dtype, what the error says
 def test_mosaic_mix_refuses(R, D, dtype, message):
     with pytest.raises(ValueError, match=message):
         mix_gpu.forward(jnp.ones((1, D)), (jnp.ones((R, 4, D), dtype),), (None,), eps=EPS)
+
+
+@pytest.mark.parametrize("queries", range(1, 17))
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_mosaic_mix_lands_copies_where_the_hardware_takes_them(rows, queries):
+    """At multiples of 128 bytes; no interpreter knows that."""
+    padded, each = gpu_backward._numbers(Shape(8, 256, rows, queries))
+    assert padded >= rows
+    assert each >= 2 * queries + 1
+    assert 4 * padded * each % 128 == 0
+
+
+def test_mosaic_mix_refuses_tokens_that_are_no_whole_tiles():
+    with pytest.raises(ValueError, match=r"sources: 9 tokens are not a multiple of 8, .* use triton"):
+        mix_gpu.forward(jnp.ones((1, 256)), (jnp.ones((2, 9, 256), BF16),), (None,), eps=EPS)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="jax-triton lowers under this JAX")
@@ -314,10 +330,14 @@ def test_triton_says_why_it_does_not_lower():
 
 
 @pytest.mark.parametrize(
-    ("version", "results", "alias"), [("0.4.1", "out_type", 3), ("0.3.1", "out_shape", 1)]
+    ("version", "results", "alias", "seen"),
+    [("0.4.1", "out_type", 4, "a 5 1e-6 a b"), ("0.3.1", "out_shape", 1, "a 5 1e-6 b")],
 )
-def test_triton_is_called_as_its_version_wants(version, results, alias, monkeypatch):
-    """jax-triton 0.3, for Triton 3.6: aliases do not count scalars, and a Python float would be fp64."""
+def test_triton_is_called_as_its_version_wants(version, results, alias, seen, monkeypatch):
+    """jax-triton 0.3, for Triton 3.6: aliases do not count scalars, and a Python float would be fp64.
+
+    There an output in place is an argument beside its operand; in 0.4 it is none: the operand is its argument.
+    """
     calls = []
 
     def triton_call(*operands, **options):
@@ -331,14 +351,16 @@ def test_triton_is_called_as_its_version_wants(version, results, alias, monkeypa
     monkeypatch.setattr(jax.version, "__version_info__", (0, 11, 2))
     a, b = jnp.zeros(3), jnp.ones(2)
     options = {"grid": (1,), "warps": 4, "constants": {"D": 3}, "aliases": {3: 0}}
-    pallas_kernels.triton.call("depth_mix", "apply", [a, 5, 1e-6, b], ["shape"], **options)
+    pallas_kernels.triton.call("depth_mix", "apply", [a, 5, 1e-6, b], ["shape", "other"], **options)
     ((operands, said),) = calls
-    assert said[results] == ["shape"]
+    assert said[results] == ["shape", "other"]
     assert said["input_output_aliases"] == {alias: 0}
     assert said["kernel"] == "kernel"
     assert said["D"] == 3
     assert isinstance(operands[2], np.float32)
-    assert (operands[0] is a, operands[1], operands[3] is b) == (True, 5, True)
+    named = {"a": a, "b": b, "5": 5, "1e-6": operands[2]}
+    assert len(operands) == len(seen.split())
+    assert all(got is named[name] for got, name in zip(operands, seen.split(), strict=True))
 
 
 KERNELS = {  # calls of each kernel in forward and backward

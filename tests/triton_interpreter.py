@@ -46,13 +46,15 @@ _patched = []
 
 
 def call(op, kernel, operands, outputs, *, grid, warps, constants, aliases=None, stages=3):
-    """Run the kernel eagerly; outputs start as NaN, aliased ones are their input, as jax-triton has it."""
+    """Run the kernel eagerly; outputs start as NaN, those in place are their operand."""
     if not _patched:
         _patch()
         _patched.append(True)
     kernels = importlib.import_module(f"pallas_kernels.{op}.triton_kernels")
     inputs = [_Array(np.array(a)) if hasattr(a, "shape") else a for a in operands]
-    in_place = {output: inputs[i] for i, output in (aliases or {}).items()}
-    fresh = {i: _Array(np.full(o.shape, np.nan, o.dtype)) for i, o in enumerate(outputs) if i not in in_place}
-    getattr(kernels, kernel)[grid](*inputs, *fresh.values(), **constants)
-    return [jnp.asarray((fresh | in_place)[i].values) for i in range(len(outputs))]
+    aliases = aliases or {}
+    in_place = [inputs[i] for i in sorted(aliases, key=aliases.get)]
+    inputs = [inputs[0] if i in aliases else a for i, a in enumerate(inputs)]
+    results = in_place + [_Array(np.full(o.shape, np.nan, o.dtype)) for o in outputs[len(in_place) :]]
+    getattr(kernels, kernel)[grid](*inputs, *results, **constants)
+    return [jnp.asarray(a.values) for a in results]

@@ -147,6 +147,10 @@ def make(name: str, work: Work, sets: Sequence[Inputs], repeats: int) -> Ready:
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         raise Unsupported("PyTorch finds no NVIDIA GPU")
+    if os.environ.get("TRITON_CACHE_DIR") == "":
+        del os.environ[
+            "TRITON_CACHE_DIR"
+        ]  # jax-triton 0.3 empties it, and Triton then has no place for a cache
     return ready(torch, build(torch), work, sets, repeats)
 
 

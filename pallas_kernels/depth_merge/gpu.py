@@ -10,7 +10,7 @@ gate is closed. In-place operands are `jax.Ref`s.
 
 stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
 
-Limits: D a multiple of 256 (a TMA copy takes 256 elements along an axis) whose 256-column chunks split
+Limits: D a multiple of 256 (four warps of 32 lanes, two columns each) whose 256-column chunks split
 evenly into at most 8 warpgroups of at most 14; one row of every operand fits the 223 KiB of shared memory;
 all wide operands bf16, or all fp32.
 """
@@ -19,18 +19,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.depth_merge.gpu_row import CHUNK, F32, Row, Tile
+from pallas_kernels.depth_merge.gpu_row import F32, WARPS, Row, Tile
 from pallas_kernels.depth_merge.vjp import Forward
-from pallas_kernels.mosaic import PROGRAMS, SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import PROCESSORS, SHARED_BYTES, run, shaped
 
+CHUNK = 256  # columns, at least, of a warpgroup
 MAX_GROUPS, GOOD_CHUNKS, MAX_CHUNKS = 8, 9, 14  # chunks per warpgroup: for occupancy, and before spills
 
 
-def tile_of(stream, inputs, outputs):
-    """The tile for so many wide inputs and outputs; raises where there is none."""
+def tile_of(stream, inputs, outputs, resident):
+    """The tile for so many wide inputs and outputs; raises where there is none.
+
+    `resident` warpgroups have registers on a processor.
+    """
     tokens, D = stream.shape
     if D % CHUNK:
-        raise ValueError(f"stream: D = {D} is not a multiple of {CHUNK}, the longest TMA copy; use triton")
+        raise ValueError(f"stream: D = {D} is not a multiple of {CHUNK}, two columns a thread; use triton")
     splits = [g for g in range(1, MAX_GROUPS + 1) if D // CHUNK % g == 0]
     groups = next((g for g in splits if D // CHUNK // g <= GOOD_CHUNKS), splits[-1])
     if D // CHUNK // groups > MAX_CHUNKS:
@@ -38,17 +42,18 @@ def tile_of(stream, inputs, outputs):
             f"stream: D = {D} does not split into at most {MAX_GROUPS} warpgroups of at most "
             f"{MAX_CHUNKS * CHUNK} columns; use triton"
         )
-    depth, staged = _slots(D, jnp.dtype(stream.dtype).itemsize, inputs, outputs)
-    return Tile(tokens, D, groups, depth, staged, PROGRAMS)
+    depth, staged, fitting = _slots(D, jnp.dtype(stream.dtype).itemsize, inputs, outputs)
+    return Tile(tokens, D, groups, depth, staged, PROCESSORS * max(1, min(fitting, resident // groups)))
 
 
 def _slots(D, itemsize, inputs, outputs):
-    """Deep enough to hide the memory, and two programs per processor rather than one."""
+    """Deep enough to hide the memory, and two programs per processor rather than one; and how many fit."""
     choices = [(3, 2), (2, 2), (2, 1), (1, 1)]
     for limit, allowed in ((SHARED_BYTES // 2, choices[:3]), (SHARED_BYTES, choices)):
         for depth, staged in allowed:
-            if D * ((depth * inputs + staged * outputs) * itemsize + 8) + 1024 <= limit:
-                return depth, staged
+            needed = D * ((depth * inputs + staged * outputs) * itemsize + 8) + 1024
+            if needed <= limit:
+                return depth, staged, SHARED_BYTES // needed
     raise ValueError(
         f"stream: a row of D = {D} in {inputs} inputs and {outputs} outputs of {itemsize} bytes "
         f"exceeds {SHARED_BYTES} bytes of shared memory; use triton"
@@ -69,18 +74,18 @@ def forward(
     """Read row j merged with the running sum; see the contract in the README of this folder."""
     _check(stream, mixtures=mixtures, y=y)
     keep, add = keep_mixture and scale is not None, y is not None
-    tile = tile_of(stream, 2 + add, 1 + keep + add)
-    dtype, row = stream.dtype, (tile.tokens, tile.D // CHUNK, CHUNK)
-    running = jax.new_ref(_fold(stream)) if add else _fold(stream)
+    tile = tile_of(stream, 2 + add, 1 + keep + add, resident=8)
+    dtype, row, fold = stream.dtype, (tile.tokens, *tile.folded), tile.fold
+    running = jax.new_ref(fold(stream)) if add else fold(stream)
     inputs = {
         "control": _control(j, first),
         "lse": lse,
-        "w": _fold(w),
-        "mixtures": _fold(mixtures),
+        "w": fold(w),
+        "mixtures": fold(mixtures),
         "stream": running,
     }
-    inputs |= {"scale": _fold(scale)} if scale is not None else {}
-    inputs |= {"y": _fold(y)} if add else {}
+    inputs |= {"scale": fold(scale)} if scale is not None else {}
+    inputs |= {"y": fold(y)} if add else {}
     outputs = {"x": shaped(row, dtype), "stats": shaped((4, tile.tokens))}
     outputs |= {"mixture": shaped(row, dtype)} if keep else {}
     scratch = {"o_ring": tile.ring(tile.depth, dtype), "p_ring": tile.ring(tile.depth, dtype)}
@@ -128,19 +133,19 @@ def backward(
     del lse, eps, norm_eps  # all that they say is in stats
     _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_stream=d_stream, d_mixtures=d_mixtures)
     norm, keep = scale is not None, d_mixture is not None
-    tile = tile_of(stream, 4 + keep, 2)
-    sums = shaped((tile.programs, tile.D // CHUNK, CHUNK))
-    running, row_j, lse_j = jax.new_ref(_fold(d_stream)), jax.new_ref(_fold(d_mixtures)), jax.new_ref(d_lse)
-    inputs = {"control": _control(j, first), "stats": stats, "w": _fold(w), "mixtures": _fold(mixtures)}
+    tile = tile_of(stream, 4 + keep, 2, resident=2)
+    sums, fold = shaped((tile.programs, *tile.folded)), tile.fold
+    running, row_j, lse_j = jax.new_ref(fold(d_stream)), jax.new_ref(fold(d_mixtures)), jax.new_ref(d_lse)
+    inputs = {"control": _control(j, first), "stats": stats, "w": fold(w), "mixtures": fold(mixtures)}
     inputs |= {
-        "stream": _fold(stream),
-        "d_x": _fold(d_x),
+        "stream": fold(stream),
+        "d_x": fold(d_x),
         "d_stream": running,
         "d_mixtures": row_j,
         "d_lse": lse_j,
     }
-    inputs |= {"scale": _fold(scale)} if norm else {}
-    inputs |= {"d_mixture": _fold(d_mixture)} if keep else {}
+    inputs |= {"scale": fold(scale)} if norm else {}
+    inputs |= {"d_mixture": fold(d_mixture)} if keep else {}
     rings = ["o_ring", "p_ring", "dx_ring", "dp_ring"] + ["dh_ring"] * keep
     scratch = {ring: tile.ring(tile.depth, stream.dtype) for ring in rings}
     scratch |= {staging: tile.ring(tile.staged, stream.dtype) for staging in ("do_out", "dp_out")}
@@ -160,21 +165,17 @@ def backward(
     return dw, dscale, running[...].reshape(stream.shape), row_j[...].reshape(mixtures.shape), lse_j[...]
 
 
-def _fold(a):
-    return a.reshape(*a.shape[:-1], -1, CHUNK)
-
-
 def _control(j, first):
     return jnp.stack([jnp.asarray(j, jnp.int32), jnp.asarray(first, jnp.int32)])
 
 
 def _shared(tile, norm, o_arrivals, p_arrivals):
     """The parameters in fp32, the exchange of row sums, and the barriers."""
-    parameter = plgpu.SMEM((tile.D // CHUNK, CHUNK), F32)
+    parameter = plgpu.SMEM(tile.folded, F32)
     return dict(
         w_row=parameter,
         **({"scale_row": parameter} if norm else {}),
-        exchange=plgpu.SMEM((2, tile.groups, 4), F32),
+        exchange=plgpu.SMEM((2, tile.groups, 3, WARPS), F32),
         o_full=tile.barriers(o_arrivals),
         p_full=tile.barriers(p_arrivals),
         parameters_full=plgpu.Barrier(num_arrivals=1 + norm, num_barriers=tile.groups),

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 F32 = jnp.float32
-CHUNK = 256  # columns; rows are folded to [D / CHUNK, CHUNK]
+WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 
 
 class Tile(NamedTuple):
@@ -22,9 +22,25 @@ class Tile(NamedTuple):
     most: int
 
     @property
-    def chunks(self):
-        """Chunks of one warpgroup."""
-        return self.D // CHUNK // self.groups
+    def vector(self):
+        """Columns of one access of a lane: the widest that a warpgroup's columns allow."""
+        return next(v for v in (8, 4, 2) if self.D // self.groups % (WARPS * LANES * v) == 0)
+
+    @property
+    def folded(self):
+        """A row as [chunks, warps, columns of a warp]."""
+        columns = LANES * self.vector
+        return self.D // (WARPS * columns), WARPS, columns
+
+    def fold(self, a):
+        """[..., D] as `folded`."""
+        return a.reshape(*a.shape[:-1], *self.folded)
+
+    @property
+    def part(self):
+        """What one warpgroup has of `folded`."""
+        chunks, *rest = self.folded
+        return chunks // self.groups, *rest
 
     @property
     def programs(self):
@@ -33,13 +49,16 @@ class Tile(NamedTuple):
 
     @property
     def layout(self):
-        """Registers of one warpgroup's columns, as wide per access as they allow."""
-        wide = next(v for v in (8, 4, 2) if self.chunks * CHUNK % (128 * v) == 0)
-        return plgpu.Layout.WG_STRIDED((self.chunks, CHUNK), vec_size=wide)
+        """Registers of one warpgroup's columns, so that sums need no other warp.
+
+        A sum over warps would go through a scratch that JAX gives to all warpgroups at once.
+        """
+        tiling = plgpu.Tiling(((WARPS, LANES * self.vector), (self.vector,)))
+        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
     def ring(self, slots, dtype):
         """Shared memory for `slots` rows."""
-        return plgpu.SMEM((slots, self.D // CHUNK, CHUNK), dtype)
+        return plgpu.SMEM((slots, *self.folded), dtype)
 
     def barriers(self, arrivals):
         """One barrier for each warpgroup and slot of the ring."""
@@ -53,7 +72,7 @@ class Row:
         self.r, self.tile = refs, tile
         self.group, self.start = lax.axis_index("group"), lax.axis_index("program")
         self.steps = (tile.tokens - self.start + tile.programs - 1) // tile.programs
-        self.cols = pl.ds(self.group * tile.chunks, tile.chunks)
+        self.cols = pl.ds(self.group * tile.part[0], tile.part[0])
         self.row_j, self.first = refs.control[0], refs.control[1] != 0
         self.norm, self.keep = hasattr(refs, "scale"), hasattr(refs, "h_out") or hasattr(refs, "dh_ring")
 
@@ -66,19 +85,16 @@ class Row:
         return plgpu.load(ref.at[self.cols], layout=self.tile.layout, optimized=False).astype(F32)
 
     def row_sums(self, values, slot):
-        """Sums of elementwise values over the row, hence over the warpgroups, in a fixed order.
+        """Sums of elementwise values over the row, hence over the warps, in a fixed order.
 
         Two slots in turn: a warpgroup may write the next sums before another has read these.
         """
-        values = [jnp.sum(v) for v in values]
-        if self.tile.groups == 1:
-            return values
         for m, v in enumerate(values):
-            self.r.exchange[slot, self.group, m] = v
+            self.r.exchange[slot, self.group, m] = jnp.sum(jnp.sum(v, 0), 1)
         plgpu.barrier_arrive(self.r.exchanged)
         plgpu.barrier_wait(self.r.exchanged)
-        groups = range(self.tile.groups)
-        return [sum(self.r.exchange[slot, g, m] for g in groups) for m in range(len(values))]
+        parts = [(g, warp) for g in range(self.tile.groups) for warp in range(WARPS)]
+        return [sum(self.r.exchange[slot, g, m, warp] for g, warp in parts) for m in range(len(values))]
 
     def open(self, p_rings):
         """Load the parameters, close the running sum's ring if there is no sum yet, fill the rings."""
@@ -89,7 +105,7 @@ class Row:
 
         @pl.when(self.first)
         def _():
-            zero = plgpu.layout_cast(jnp.zeros((self.tile.chunks, CHUNK), r.p_ring.dtype), self.tile.layout)
+            zero = plgpu.layout_cast(jnp.zeros(self.tile.part, r.p_ring.dtype), self.tile.layout)
             for ring in p_rings:
                 for slot in range(self.tile.depth):
                     ring.at[slot][self.cols] = zero
@@ -211,7 +227,7 @@ class Row:
         self.o_sources += [(r.d_mixture, r.dh_ring)] if self.keep else []
         self.p_sources = [(r.stream, r.p_ring), (r.d_stream, r.dp_ring)]
         self.open([r.p_ring])
-        zero = plgpu.layout_cast(jnp.zeros((self.tile.chunks, CHUNK), F32), self.tile.layout)
+        zero = plgpu.layout_cast(jnp.zeros(self.tile.part, F32), self.tile.layout)
 
         def step(i, carry):
             stats, *sums = carry

@@ -47,18 +47,18 @@ def forward(w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps,
     width, warps = _row(D)
     wide, none = jax.ShapeDtypeStruct(stream.shape, stream.dtype), jax.ShapeDtypeStruct((8,), stream.dtype)
     operands = [w, scale if norm else w, mixtures, lse, stream, y if add else stream, _control(j, first)]
-    x, mixture, stats, *new = call(
+    new, x, mixture, stats = call(
         "depth_merge",
         "forward",
         [*operands, tokens, eps, norm_eps],
-        [wide, wide if keep else none, jax.ShapeDtypeStruct((4, tokens), F32), *[wide] * add],
+        [wide if add else none, wide, wide if keep else none, jax.ShapeDtypeStruct((4, tokens), F32)],
         grid=(tokens,),
         warps=warps,
-        aliases={4: 3} if add else {},
+        aliases={4: 0} if add else {},
         constants={"D": D, "BD": width, "NORM": norm, "KEEP": keep, "ADD": add},
     )
     mixture = (mixture if keep else x) if keep_mixture else None
-    return Forward(x, mixture, new[0] if add else stream, stats)
+    return Forward(x, mixture, new if add else stream, stats)
 
 
 def backward(

@@ -1,7 +1,7 @@
 """Phase 2 in Triton: one row of D per step, in registers. See triton.py, which imports this only when called.
 
-jax-triton passes inputs (scalars too), then outputs, then constants; an output in the place of an input has
-no argument of its own. BD is the power of two >= D.
+Inputs (scalars too) come first, then outputs, then constants. An input in the place of which an output lies
+is read through the output's argument: `_0` and so on stand where its own would be. BD is the power of two >= D.
 `control` holds (j, first): when first, no load or store of the running sum touches memory.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def forward(
     w, g, mixtures, lse, stream, y, control, T, eps, norm_eps,
-    x_out, h_out, stats,
+    new_stream, x_out, h_out, stats,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """One row: x, the mixture if KEEP, the new sum in place if ADD, and four statistics."""
@@ -21,11 +21,13 @@ def forward(
     m, k = c < D, t * D + c
     seen = c < tl.where(summed, D, 0)
     o = tl.load(mixtures + (j * T + t) * D + c, mask=m, other=0.0).to(tl.float32)
-    p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
     if ADD:
-        new = (p + tl.load(y + k, mask=seen, other=0.0).to(tl.float32)).to(stream.dtype.element_ty)
-        tl.store(stream + k, new, mask=seen)
+        p = tl.load(new_stream + k, mask=seen, other=0.0).to(tl.float32)
+        new = (p + tl.load(y + k, mask=seen, other=0.0).to(tl.float32)).to(x_out.dtype.element_ty)
+        tl.store(new_stream + k, new, mask=seen)
         p = new.to(tl.float32)
+    else:
+        p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
     r_p = tl.rsqrt(tl.sum(p * p) / D + eps)
     score = tl.sum(p * tl.load(w + c, mask=m, other=0.0)) * r_p
     gate = tl.where(summed, 1.0 / (1.0 + tl.exp(tl.load(lse + j * T + t) - score)), 0.0)
@@ -46,8 +48,8 @@ def forward(
 
 @triton.jit
 def backward(
-    w, g, mixtures, stream, stats, d_x, d_h, d_stream, d_mixtures, d_lse, control, T,
-    dw, dg,
+    w, g, mixtures, stream, stats, d_x, d_h, _0, _1, _2, control, T,
+    d_stream, d_mixtures, d_lse, dw, dg,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows in strides of the grid; dw and dg leave as one [D] partial per program.

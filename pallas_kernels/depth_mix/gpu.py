@@ -11,26 +11,28 @@ Bytes per token, in rows of D, for n visible rows: forward 2n + S (the bound is 
 (bound 3n + S). What is read twice is the price of scoring whole rows without holding them: eight tokens of
 eight sources at D = 2304 are 295 KB. Logits, weights and their cotangents are fp32 and small.
 
-Eight tokens make one matrix product: a block-diagonal matrix of weights, rows (query, token) and columns
-(row, token), times the rows. Weights, queries and the cotangents of logits enter as two bf16 halves (2^-16),
-so nothing but the result is rounded. dw is summed in registers over a program's tokens, leaves as one
-[2 * 16, D] partial per program, and is added up outside: fixed order, no atomics.
+In the first three eight tokens make one matrix product: a block-diagonal matrix of weights, rows (query,
+token) and columns (row, token), times the rows. Weights and queries enter as two bf16 halves (2^-16), so
+nothing but the result is rounded. `apply` multiplies in fp32, outside the tensor cores: no matrix is built. dw
+is summed in registers over a program's tokens, leaves as one [S, D] partial per program, and is added up
+outside: fixed order, no atomics.
 
 A row beyond its array's count moves no bytes: its barrier gets an arrival instead of a copy, its slot in
-shared memory holds zeros. Boxes of eight tokens are zero-filled and clipped at the end of the array.
+shared memory holds zeros. A box of more tokens than there are is zero-filled and clipped.
 
 stats, one for each 16 queries: logits [tokens / 8, R, 8 queries] (entry query * 8 + token; -inf for a hidden
 row), rstd [R, tokens].
 
-Limits: sources bf16, D a multiple of 64, R at most 16 in all. More than 16 queries run 16 at a time: the
-sources are read, and d_sources rounded, once for each 16, and the mixtures are put together by a copy.
+Limits: sources bf16, D a multiple of 256, tokens a multiple of 8 (or fewer), R at most 16 in all. More than
+16 queries run 16 at a time: the sources are read, and d_sources rounded, once for each 16, and the mixtures
+are put together by a copy.
 """
 
 import jax.numpy as jnp
 
-from pallas_kernels.depth_mix.gpu_backward import apply, dscore
+from pallas_kernels.depth_mix.gpu_backward import COLUMNS, apply, dscore
 from pallas_kernels.depth_mix.gpu_forward import mix, score
-from pallas_kernels.depth_mix.gpu_tiles import BF16, F32, TOKENS, Shape, halves
+from pallas_kernels.depth_mix.gpu_tiles import BF16, TOKENS, Shape, halves
 from pallas_kernels.depth_mix.vjp import Forward
 
 QUERIES = 16  # at once
@@ -45,8 +47,12 @@ def _shape(w, sources):
             raise ValueError(f"sources[{k}]: dtype {v.dtype}; Mosaic GPU mixes bfloat16 only, use triton")
         if v.shape[1:] != (tokens, D):
             raise ValueError(f"sources[{k}]: shape {v.shape} does not end in {(tokens, D)}")
-    if D % 64:
-        raise ValueError(f"sources: D = {D} is not a multiple of 64, a WGMMA tile; use triton")
+    if D % COLUMNS:
+        raise ValueError(f"sources: D = {D} is not a multiple of {COLUMNS}, two columns a thread; use triton")
+    if tokens > TOKENS and tokens % TOKENS:
+        raise ValueError(
+            f"sources: {tokens} tokens are not a multiple of {TOKENS}, a swizzled tile of a TMA copy; use triton"
+        )
     if not 1 <= R <= ROWS:
         raise ValueError(f"sources: R = {R} rows, not from 1 to {ROWS}; use triton")
     return Shape(tokens, D, R, len(w))
@@ -105,20 +111,9 @@ def _backward(w, sources, counts, lse, stat, d_mixture, at, d_lse, d_sources, in
     tile = (shape.blocks, shape.R, shape.padded, TOKENS)
     c = jnp.where(visible, d_logits.reshape(tile) * rstd, 0)
     along = jnp.sum(jnp.where(visible, c * logits.reshape(tile) * rstd, 0), 2) / shape.D
-    return apply(
-        shape,
-        w,
-        _columns(c),
-        _pad_rows(along),
-        logits,
-        lse,
-        sources,
-        counts,
-        d_mixture,
-        at,
-        d_sources,
-        interpret,
-    )
+    weights = jnp.exp(logits - lse[:, None]).reshape(tile)
+    a, c, along = (_tokens(x, shape) for x in (weights, c, along[:, :, None]))
+    return apply(shape, w, a, c, along[..., 0], sources, counts, d_mixture, at, d_sources, interpret)
 
 
 def _visible(sources, counts):
@@ -145,15 +140,7 @@ def _from_blocks(a, shape):
     return a.reshape(shape.padded, -1)[: shape.queries, : shape.tokens]
 
 
-def _columns(c):
-    """[blocks, R, queries, 8] to bf16 [blocks, rows (row, token) in 64s, 64]: its halves high, low, high."""
-    c = c.swapaxes(2, 3).reshape(len(c), -1, c.shape[2])
-    high = c.astype(BF16)
-    columns = jnp.concatenate([high, (c - high.astype(F32)).astype(BF16), high], 2)
-    return jnp.pad(columns, ((0, 0), (0, -c.shape[1] % 64), (0, 64 - columns.shape[2])))
-
-
-def _pad_rows(a):
-    """[blocks, R, 8] to [blocks, rows (row, token) in 64s]."""
-    a = a.reshape(len(a), -1)
-    return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 64)))
+def _tokens(a, shape):
+    """[blocks, R, queries, 8] to [tokens, R, queries]."""
+    a = a.transpose(0, 3, 1, 2).reshape(-1, *a.shape[1:3])
+    return a[: shape.tokens, :, : shape.queries]

@@ -1,5 +1,6 @@
 """The backward kernels of Phase 1 in Mosaic GPU: `dscore` and `apply`; see gpu.py."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_mix.gpu_tiles import (
-    ACROSS,
     BF16,
     DOWN,
     F32,
@@ -17,16 +17,16 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     WGMMA,
     Sources,
     copy_or_arrive,
-    diagonal,
     fetch_rows,
-    halves,
     named,
     tiled,
     up,
     zero,
     zero_arrivals,
 )
-from pallas_kernels.mosaic import PROGRAMS, SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import PROCESSORS, SHARED_BYTES, run, shaped
+
+COLUMNS = 256  # of a copy, along an axis
 
 
 def _fetch_cotangents(r, shape, at, slot, tokens, cols):
@@ -134,238 +134,185 @@ def _through_softmax(r, block, mine, d_weights):
 
 
 class _Tile(NamedTuple):
-    """How `apply` is cut: rows in 64s, columns of a program and of a warpgroup, slots, programs per chunk."""
+    """How `apply` is cut: columns of a thread, slots, programs that share a processor, programs per chunk."""
 
-    rows: int
-    chunk: int
+    vector: int
     depth: int
+    resident: int
     programs: int
 
     @property
-    def sides(self):
-        """Warpgroups side by side, of 64 columns each: their accumulators stay in registers."""
-        return self.chunk // 64
-
-    @property
-    def groups(self):
-        """Warpgroups in all."""
-        return self.rows // 64 * self.sides
+    def chunk(self):
+        """Columns of a program, in 256s."""
+        return 128 * self.vector // COLUMNS, COLUMNS
 
 
 def _tile(shape, given):
-    """The widest and deepest tile that fits shared memory; the last fits whatever gpu.py lets through."""
-    entries, rows = shape.padded * TOKENS, up(shape.R * TOKENS, 64)
-    for chunk, depth in ((128, 2), (64, 2), (64, 1)):
-        ring = depth * (chunk * (rows * (1 + given) + entries) + rows * 64 + 2 * shape.R * entries)
-        if shape.D % chunk == 0 and 2 * (ring + 2 * rows * entries + (64 + rows) * chunk) <= SHARED_BYTES:
+    """As wide as registers hold queries, their cotangents and dw, as deep as shared memory allows."""
+    most = 8 if shape.queries <= 4 else 4 if shape.queries <= 12 else 2
+    vector = next(v for v in (8, 4, 2) if v <= most and shape.D % (128 * v) == 0)
+    chunks = shape.D // (128 * vector)
+    for resident, depth in ((4, 3), (4, 2), (3, 2), (2, 2), (1, 2), (1, 1)):
+        rows = depth * (shape.R * (1 + given) + shape.queries) + shape.R
+        if (
+            128 * vector * 2 * rows + 4 * depth * math.prod(_numbers(shape)) + 2048
+            <= SHARED_BYTES // resident
+        ):
             break
-    return _Tile(rows, chunk, depth, min(shape.blocks, max(1, PROGRAMS // (shape.D // chunk))))
+    programs = min(shape.tokens, max(1, PROCESSORS * resident // chunks))
+    return _Tile(vector, depth, resident, programs)
 
 
-def apply(shape, w, c, along, logits, lse, sources, counts, d_mixture, at, d_sources, interpret):
+def _numbers(shape):
+    """Scalars of a token, [rows, of each]: a slot is a whole number of 128 bytes, where a copy may land."""
+    each = up(2 * shape.queries + 1, 8)
+    return up(shape.R, 32 // math.gcd(each, 32)), each
+
+
+def apply(shape, w, a, c, along, sources, counts, d_mixture, at, d_sources, interpret):
     """d_sources += A^T dO + C w - along * v, and dw = C^T V.
 
-    `c` holds the halves of C, the cotangents of the logits times rstd; `along` the mean of C logit rstd.
+    `a` are the weights, `c` the cotangents of the logits times rstd, both [tokens, R, queries]; `along` is the
+    mean of C logit rstd, [tokens, R]. A token at a time, a chunk of D in registers: `3 S + 1` products an
+    element are fewer than the memory leaves time for.
     """
     given = d_sources is not None
     tile = _tile(shape, given)
     names = [f"d_source{k}" for k in range(len(sources))]
-    refs = [jax.new_ref(d) for d in d_sources] if given else []
-    sums = shaped((tile.programs, tile.rows // 64, 64, shape.D))
-    fresh = {} if given else {k: shaped(v.shape, BF16) for k, v in zip(names, sources, strict=True)}
+    refs = [jax.new_ref(_fold(d)) for d in d_sources] if given else []
+    fresh = {} if given else {k: shaped(_fold(v).shape, BF16) for k, v in zip(names, sources, strict=True)}
+    numbers = jnp.concatenate([a, c, along[..., None]], -1)
+    missing = [(0, n - m) for n, m in zip(_numbers(shape), numbers.shape[1:], strict=True)]
+    numbers = jnp.pad(numbers, ((0, 0), *missing))
+    row, copies = (tile.depth, shape.R, *tile.chunk), shape.R * (1 + given) + shape.queries + 1
     out = run(
         lambda r: _Apply(r, shape, tile, sources, counts, at, given).run(),
         {
-            **named(sources, counts),
-            "logits": logits,
-            "lse_in": lse,
-            "c": c,
-            "along": along,
-            "d_mixture": d_mixture,
-            "w": _query_columns(w, shape.padded),
-            "zeros": jnp.zeros((TOKENS, tile.chunk), BF16),
+            **named([_fold(v) for v in sources], counts),
+            "numbers": numbers,
+            "d_mixture": _fold(d_mixture),
+            "w": _fold(w),
             **dict(zip(names, refs, strict=False)),
         },
-        {"dw": sums, **fresh},
-        _apply_scratch(shape, tile, sources, counts, given),
-        grid={"program": tile.programs, "chunk": shape.D // tile.chunk},
-        groups=tile.groups,
+        {"dw": shaped((tile.programs, *_fold(w).shape)), **fresh},
+        {
+            "rows": plgpu.SMEM(row, BF16),
+            "cotangents": plgpu.SMEM((tile.depth, shape.queries, *tile.chunk), BF16),
+            "number_ring": plgpu.SMEM((tile.depth, *numbers.shape[1:]), F32),
+            **({"given": plgpu.SMEM(row, BF16)} if given else {}),
+            "out": plgpu.SMEM(row[1:], BF16),
+            "full": plgpu.Barrier(num_arrivals=copies, num_barriers=tile.depth),
+        },
+        grid={"program": tile.programs, "chunk": shape.D // (128 * tile.vector)},
+        groups=1,
         name="depth_mix_apply",
         interpret=interpret,
     )
-    dw = jnp.sum(out.dw, (0, 1))
-    dw = dw[: shape.padded] + dw[shape.padded : 2 * shape.padded]
     results = [ref[...] for ref in refs] if given else [getattr(out, name) for name in names]
-    return dw[: shape.queries], tuple(results)
+    results = tuple(d.reshape(v.shape) for d, v in zip(results, sources, strict=True))
+    return jnp.sum(out.dw, 0).reshape(w.shape), results
 
 
-def _query_columns(w, padded):
-    """[64, D] bf16: what the columns of C, its halves high, low, high, are multiplied with."""
-    both = halves(w, padded)
-    columns = jnp.concatenate([both[:padded], both[:padded], both[padded:]])
-    return jnp.pad(columns, ((0, 64 - 3 * padded), (0, 0)))
-
-
-def _apply_scratch(shape, tile, sources, counts, given):
-    entries, (rows, chunk, depth, _) = shape.padded * TOKENS, tile
-    ring = tiled(depth, rows, chunk, inner=64)
-    arrivals = _apply_arrivals(shape, tile, sources, counts)
-    return {
-        "rows": ring,
-        "cotangents": tiled(depth, entries, chunk, inner=64),
-        "scores": tiled(depth, rows, 64, inner=64),
-        "logit_ring": plgpu.SMEM((depth, shape.R, entries), F32),
-        **({"given": ring} if given else {}),
-        "high": tiled(rows, entries, inner=64),
-        "low": tiled(rows, entries, inner=64),
-        "queries": tiled(64, chunk, inner=64),
-        "out": tiled(rows, chunk, inner=64),
-        "full": plgpu.Barrier(num_arrivals=shape.R * (1 + given) + shape.queries + 2, num_barriers=depth),
-        "done": plgpu.Barrier(num_arrivals=tile.groups),
-        "weighted": plgpu.Barrier(num_arrivals=tile.groups),
-        "zeroed": plgpu.Barrier(num_arrivals=max(1, arrivals)),
-        "parameters": plgpu.Barrier(),
-    }
-
-
-def _apply_arrivals(shape, tile, sources, counts):
-    zeros = zero_arrivals(tile.depth, tile.rows, sources, counts)
-    return zeros + tile.depth * (shape.padded - shape.queries)
+def _fold(a):
+    """[..., D] as [..., D / 256, 256], as long as a copy may be along an axis."""
+    return a.reshape(*a.shape[:-1], -1, COLUMNS)
 
 
 class _Apply:
-    """One warpgroup of `apply`: 64 rows (row, token) and 64 columns of every block of its program."""
+    """The warpgroup of a program of `apply`: its columns of every token in strides of the grid."""
 
     def __init__(self, refs, shape, tile, sources, counts, at, given):
         self.r, self.shape, self.tile, self.at, self.given = refs, shape, tile, at, given
         self.sources = Sources(refs, sources, counts)
-        self.arrivals = _apply_arrivals(shape, tile, sources, counts)
         self.outs = [
             getattr(refs, f"d_source{k}").at[i] for k, v in enumerate(sources) for i in range(len(v))
         ]
-        self.start, part, self.group = (lax.axis_index(a) for a in ("program", "chunk", "group"))
-        self.band, self.side = lax.div(self.group, tile.sides), lax.rem(self.group, tile.sides)
-        self.steps = (shape.blocks - self.start + tile.programs - 1) // tile.programs
-        self.rows, self.cols = pl.ds(self.band * 64, 64), pl.ds(self.side * 64, 64)
-        self.all_cols = pl.ds(part * tile.chunk, tile.chunk)
-        self.out_cols = pl.ds(part * tile.chunk + self.side * 64, 64)
+        self.start, part = lax.axis_index("program"), lax.axis_index("chunk")
+        self.steps = (shape.tokens - self.start + tile.programs - 1) // tile.programs
+        self.cols = pl.ds(part * tile.chunk[0], tile.chunk[0])
+        self.layout = plgpu.Layout.WG_STRIDED(tile.chunk, vec_size=tile.vector)
 
-    def block(self, b):
-        """The block of eight tokens of step b."""
+    def token(self, b):
+        """The token of step b."""
         return self.start + b * self.tile.programs
+
+    def load(self, ref):
+        """This program's columns of one row, in fp32."""
+        return plgpu.load(ref, layout=self.layout, optimized=False).astype(F32)
 
     def fetch(self, b):
         """Start the copies of step b into its slot."""
-        r, slot, tokens = self.r, lax.rem(b, self.tile.depth), pl.ds(self.block(b) * TOKENS, TOKENS)
-        fetch_rows(r, self.sources, slot, tokens, self.all_cols)
-        _fetch_cotangents(r, self.shape, self.at, slot, tokens, self.all_cols)
-        plgpu.copy_gmem_to_smem(r.c.at[self.block(b)], r.scores.at[slot], r.full.at[slot])
-        plgpu.copy_gmem_to_smem(r.logits.at[self.block(b)], r.logit_ring.at[slot], r.full.at[slot])
-        if self.given:
-            for i, (out, seen) in enumerate(zip(self.outs, self.sources.visible, strict=True)):
-                target = r.given.at[slot, pl.ds(i * TOKENS, TOKENS)]
-                copy_or_arrive(seen, out.at[tokens, self.all_cols], target, r.full.at[slot])
+        r, slot, t = self.r, lax.rem(b, self.tile.depth), self.token(b)
+        full = r.full.at[slot]
+        plgpu.copy_gmem_to_smem(r.numbers.at[t], r.number_ring.at[slot], full)
+        for s in range(self.shape.queries):
+            plgpu.copy_gmem_to_smem(r.d_mixture.at[self.at + s, t, self.cols], r.cotangents.at[slot, s], full)
+        for i, (row, seen) in enumerate(zip(self.sources.rows, self.sources.visible, strict=True)):
+            copy_or_arrive(seen, row.at[t, self.cols], r.rows.at[slot, i], full)
+            if self.given:
+                copy_or_arrive(seen, self.outs[i].at[t, self.cols], r.given.at[slot, i], full)
 
     def open(self):
-        """Queries, zeros and the first blocks."""
+        """Zeros for the rows that are not visible, and the first tokens."""
+        zero = plgpu.layout_cast(jnp.zeros(self.tile.chunk, BF16), self.layout)
+        for i, seen in enumerate(self.sources.visible):
+            if seen is not True:
 
-        @pl.when(self.group == 0)
-        def _():
-            plgpu.copy_gmem_to_smem(self.r.w.at[:, self.all_cols], self.r.queries, self.r.parameters)
-            _zero_both(self.r, self.shape, self.sources)
-            for b in range(self.tile.depth):
+                @pl.when(jnp.logical_not(seen))
+                def _(i=i):
+                    for slot in range(self.tile.depth):
+                        self.r.rows.at[slot, i][...] = zero
 
-                @pl.when(b < self.steps)
-                def _(b=b):
-                    self.fetch(b)
+        for b in range(self.tile.depth):
 
-        plgpu.barrier_wait(self.r.parameters)
-        if self.arrivals:
-            plgpu.barrier_wait(self.r.zeroed)
+            @pl.when(b < self.steps)
+            def _(b=b):
+                self.fetch(b)
 
-    def weights(self, slot, block):
-        """Store A^T, rows (row, token), columns (query, token): the sides take turns at eight queries."""
-        for eighth in range(self.shape.padded // 8):
+    def row(self, slot, i, w, d, dw):
+        """Stage the cotangent of row i; returns dw with this row's share."""
+        r, queries = self.r, range(self.shape.queries)
+        number = [r.number_ring[slot, i, k] for k in range(2 * len(queries) + 1)]
+        a, c, along = number[: len(queries)], number[len(queries) : -1], number[-1]
+        v = self.load(r.rows.at[slot, i])
+        z = self.load(r.given.at[slot, i]) - along * v if self.given else -along * v
+        for q in queries:
+            z += a[q] * d[q] + c[q] * w[q]
+        r.out.at[i][...] = z.astype(BF16)
+        return tuple(dw[q] + c[q] * v for q in queries)
 
-            @pl.when(self.side == eighth % self.tile.sides)
-            def _(eighth=eighth):
-                self.some_weights(slot, block, pl.ds(eighth * 64, 64))
-
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.r.weighted)
-        plgpu.barrier_wait(self.r.weighted)
-
-    def some_weights(self, slot, block, span):
-        """The columns `span` of this band's rows."""
-        r, at = self.r, self.band * 8
-        lse = plgpu.load(r.lse_in.at[block, span], layout=ACROSS, optimized=False)
-
-        def weight(i):
-            logit = plgpu.load(r.logit_ring.at[slot, at + i, span], layout=ACROSS, optimized=False)
-            return jnp.exp(logit - lse)
-
-        count = lax.min(8, self.shape.R - at)
-        r.high[self.rows, span], r.low[self.rows, span] = diagonal((64, 64), count, weight, 1)
-
-    def cotangent(self, slot, block):
-        """What these rows add to d_sources."""
-        r = self.r
-
-        def products(acc):
-            cotangents = r.cotangents.at[slot, :, self.cols]
-            plgpu.wgmma(acc, r.high.at[self.rows], cotangents)
-            plgpu.wgmma(acc, r.low.at[self.rows], cotangents)
-            plgpu.wgmma(acc, r.scores.at[slot, self.rows], r.queries.at[:, self.cols])
-            return acc[...]
-
-        y = pl.run_scoped(products, plgpu.ACC((64, 64), F32))
-        along = plgpu.load(r.along.at[block, self.rows], layout=DOWN, optimized=False)
-        y -= lax.broadcast_in_dim(along, y.shape, (0,)) * self.load(r.rows, slot)
-        return y + self.load(r.given, slot) if self.given else y
-
-    def load(self, ring, slot):
-        """This warpgroup's part of a slot, in fp32."""
-        return plgpu.load(ring.at[slot, self.rows, self.cols], layout=WGMMA, optimized=False).astype(F32)
-
-    def send(self, block):
-        """Start the copies of this warpgroup's rows to memory; a hidden row keeps what was given."""
-        tokens = pl.ds(block * TOKENS, TOKENS)
+    def send(self, t):
+        """Start the copies of a token to memory; a hidden row keeps what was given."""
         for i, (out, seen) in enumerate(zip(self.outs, self.sources.visible, strict=True)):
 
-            @pl.when((self.band == i // 8) & (seen if self.given else True))
+            @pl.when(seen if self.given else True)
             def _(i=i, out=out):
-                staged = self.r.out.at[pl.ds(i * TOKENS, TOKENS), self.cols]
-                plgpu.copy_smem_to_gmem(staged, out.at[tokens, self.out_cols], commit_group=False)
+                plgpu.copy_smem_to_gmem(self.r.out.at[i], out.at[t, self.cols], commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
 
     def run(self):
-        """All blocks of this program, then its sum of dw."""
-        r = self.r
+        """All tokens of this program, then its sum of dw."""
+        r, queries = self.r, range(self.shape.queries)
         self.open()
+        w = [self.load(r.w.at[q, self.cols]) for q in queries]
 
-        def blocks(dw):
-            @pl.loop(0, self.steps)
-            def _(b):
-                slot, block = lax.rem(b, self.tile.depth), self.block(b)
-                plgpu.barrier_wait(r.full.at[slot])
-                self.weights(slot, block)
-                c = r.scores.at[slot, self.rows].transpose((1, 0))
-                plgpu.wgmma(dw, c, r.rows.at[slot, self.rows, self.cols])
-                y = self.cotangent(slot, block)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                r.out[self.rows, self.cols] = y.astype(BF16)
-                plgpu.wgmma_wait(0)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(r.done)
-                plgpu.barrier_wait(r.done)
-                self.send(block)
+        def step(b, dw):
+            slot = lax.rem(b, self.tile.depth)
+            plgpu.barrier_wait(r.full.at[slot])
+            d = [self.load(r.cotangents.at[slot, q]) for q in queries]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dw = lax.fori_loop(0, self.shape.R, lambda i, dw: self.row(slot, i, w, d, dw), dw)
+            plgpu.commit_smem()
+            self.send(self.token(b))
 
-                @pl.when((self.group == 0) & (b + self.tile.depth < self.steps))
-                def _():
-                    self.fetch(b + self.tile.depth)
+            @pl.when(b + self.tile.depth < self.steps)
+            def _():
+                self.fetch(b + self.tile.depth)
 
-            return dw[...]
+            return dw
 
-        r.dw[self.start, self.band, :, self.out_cols] = pl.run_scoped(blocks, plgpu.ACC((64, 64), F32))
+        zero = plgpu.layout_cast(jnp.zeros(self.tile.chunk, F32), self.layout)
+        for q, total in enumerate(lax.fori_loop(0, self.steps, step, tuple(zero for _ in queries))):
+            r.dw[self.start, q, self.cols] = total
         plgpu.wait_smem_to_gmem(0)

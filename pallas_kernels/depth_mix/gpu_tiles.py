@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 F32, BF16 = jnp.float32, jnp.bfloat16
 TOKENS = 8  # of one matrix product
 WGMMA = plgpu.Layout.WGMMA
-DOWN, ACROSS = WGMMA.reduce(1), WGMMA.reduce(0)  # a vector over the rows or the columns of a matrix
+DOWN = WGMMA.reduce(1)  # a vector over the rows of a matrix
 
 
 class Shape(NamedTuple):

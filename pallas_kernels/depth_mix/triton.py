@@ -155,8 +155,8 @@ def _cotangents(kernel, operands, sources, d_sources, programs, w, grid, warps, 
     """What a kernel leaves that adds to d_sources, or makes them, and has one partial of dw per program."""
     given = d_sources is not None
     outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in sources]
-    in_place = [*d_sources, *[jnp.zeros(8, v.dtype) for v in _missing(sources)]] if given else []
-    unused = [] if given else [jax.ShapeDtypeStruct((8,), v.dtype) for v in _missing(sources)]
+    unused = [jax.ShapeDtypeStruct((8,), v.dtype) for v in _missing(sources)]
+    in_place = [*(d_sources if given else sources), *_missing(sources)]
     results = call(
         "depth_mix",
         kernel,

@@ -1,8 +1,8 @@
 """Phase 1 in Triton: tl.dot over chunks of D. See triton.py, which imports this only when called.
 
-jax-triton passes inputs (scalars too), then outputs, then constants; an output in the place of an input has
-no argument of its own. The sources are up to ten arrays of
-N0 .. N9 rows; a tile holds TOK tokens of all rows, padded to NR of them, and SP padded queries.
+Inputs (scalars too) come first, then outputs, then constants. An input in the place of which an output lies
+is read through the output's argument: `_0` and so on stand where its own would be. The sources are up to ten
+arrays of N0 .. N9 rows; a tile holds TOK tokens of all rows, padded to NR of them, and SP padded queries.
 `seen` [NR] says which rows are visible: the others move no bytes. The fp32 side of a product enters as two
 halves in the sources' dtype (2^-16), so nothing but the result is rounded; fp32 sources multiply in fp32.
 """
@@ -152,7 +152,7 @@ def dscore(
 @triton.jit
 def apply(
     v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, d_mixture, lse, logits, rstd, cs, w, seen, T,
-    d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, dw,
+    _0, _1, _2, _3, _4, _5, _6, _7, _8, _9, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, dw,
     R: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr,
     NR: tl.constexpr, SP: tl.constexpr, TOK: tl.constexpr, BK: tl.constexpr, GIVEN: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
@@ -160,7 +160,7 @@ def apply(
 ):  # fmt: skip
     """d += A^T dO + C w - mean(C logit) rstd v for one chunk of D, and dw [programs, S, D] = C^T V.
 
-    d0 .. d9 are inputs added to in place if GIVEN, outputs if not.
+    d0 .. d9 are added to in place if GIVEN, only written if not.
     """
     start, line = tl.program_id(0), tl.arange(0, TOK * NR)
     row, c, q = line % NR, tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, SP)
@@ -290,7 +290,7 @@ def one_forward(
 @triton.jit
 def one_backward(
     v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, d_mixture, d_lse, lse, logits, rstd, w, seen, T,
-    d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, dw,
+    _0, _1, _2, _3, _4, _5, _6, _7, _8, _9, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, dw,
     R: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr, BD: tl.constexpr, NR: tl.constexpr,
     STAGES: tl.constexpr, GIVEN: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
