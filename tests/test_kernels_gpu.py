@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import jax
@@ -307,14 +308,13 @@ def test_mosaic_mix_refuses(R, D, dtype, message):
         mix_gpu.forward(jnp.ones((1, D)), (jnp.ones((R, 4, D), dtype),), (None,), eps=EPS)
 
 
-@pytest.mark.parametrize("queries", range(1, 17))
-@pytest.mark.parametrize("rows", range(1, 17))
-def test_mosaic_mix_lands_copies_where_the_hardware_takes_them(rows, queries):
+def test_mosaic_mix_lands_copies_where_the_hardware_takes_them():
     """At multiples of 128 bytes; no interpreter knows that."""
-    padded, each = gpu_backward._numbers(Shape(8, 256, rows, queries))
-    assert padded >= rows
-    assert each >= 2 * queries + 1
-    assert 4 * padded * each % 128 == 0
+    for rows, queries in product(range(1, 17), repeat=2):
+        padded, each = gpu_backward._numbers(Shape(8, 256, rows, queries))
+        assert padded >= rows
+        assert each >= 2 * queries + 1
+        assert 4 * padded * each % 128 == 0
 
 
 def test_mosaic_mix_refuses_tokens_that_are_no_whole_tiles():
@@ -336,7 +336,7 @@ def test_triton_says_why_it_does_not_lower():
 def test_triton_is_called_as_its_version_wants(version, results, alias, seen, monkeypatch):
     """jax-triton 0.3, for Triton 3.6: aliases do not count scalars, and a Python float would be fp64.
 
-    There an output in place is an argument beside its operand; in 0.4 it is none: the operand is its argument.
+    There an output in place is an argument beside its operand; in 0.4 the operand is its argument.
     """
     calls = []
 

@@ -1,7 +1,8 @@
 """Phase 2 in Triton: one row of D per step, in registers. See triton.py, which imports this only when called.
 
 Inputs (scalars too) come first, then outputs, then constants. An input in the place of which an output lies
-is read through the output's argument: `_0` and so on stand where its own would be. BD is the power of two >= D.
+is read through the output's argument: `_0` and so on stand where its own would be. BD is the power of two
+from D on.
 `control` holds (j, first): when first, no load or store of the running sum touches memory.
 """
 

@@ -13,8 +13,8 @@ eight sources at D = 2304 are 295 KB. Logits, weights and their cotangents are f
 
 In the first three eight tokens make one matrix product: a block-diagonal matrix of weights, rows (query,
 token) and columns (row, token), times the rows. Weights and queries enter as two bf16 halves (2^-16), so
-nothing but the result is rounded. `apply` multiplies in fp32, outside the tensor cores: no matrix is built. dw
-is summed in registers over a program's tokens, leaves as one [S, D] partial per program, and is added up
+nothing but the result is rounded. `apply` multiplies in fp32, outside the tensor cores: no matrix is built.
+dw is summed in registers over a program's tokens, leaves as one [S, D] partial per program, and is added up
 outside: fixed order, no atomics.
 
 A row beyond its array's count moves no bytes: its barrier gets an arrival instead of a copy, its slot in
@@ -51,7 +51,7 @@ def _shape(w, sources):
         raise ValueError(f"sources: D = {D} is not a multiple of {COLUMNS}, two columns a thread; use triton")
     if tokens > TOKENS and tokens % TOKENS:
         raise ValueError(
-            f"sources: {tokens} tokens are not a multiple of {TOKENS}, a swizzled tile of a TMA copy; use triton"
+            f"sources: {tokens} tokens are not a multiple of {TOKENS}, a tile of a TMA copy; use triton"
         )
     if not 1 <= R <= ROWS:
         raise ValueError(f"sources: R = {R} rows, not from 1 to {ROWS}; use triton")

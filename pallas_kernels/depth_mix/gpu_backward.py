@@ -172,8 +172,8 @@ def _numbers(shape):
 def apply(shape, w, a, c, along, sources, counts, d_mixture, at, d_sources, interpret):
     """d_sources += A^T dO + C w - along * v, and dw = C^T V.
 
-    `a` are the weights, `c` the cotangents of the logits times rstd, both [tokens, R, queries]; `along` is the
-    mean of C logit rstd, [tokens, R]. A token at a time, a chunk of D in registers: `3 S + 1` products an
+    `a` are the weights, `c` the cotangents of the logits times rstd, both [tokens, R, queries]; `along` is
+    the mean of C logit rstd, [tokens, R]. A token at a time, a chunk of D in registers: `3 S + 1` products an
     element are fewer than the memory leaves time for.
     """
     given = d_sources is not None
