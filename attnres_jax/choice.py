@@ -24,7 +24,7 @@ def choose(
     implementation: str | None = None,
     placement: Placement | None = None,
     dtype: Any = None,
-    refusal: Callable[[], str | None] = lambda: None,
+    refusal: Callable[[str], str | None] = lambda kernel: None,
     unfit: str | None = None,
 ) -> Choice:
     """Which implementation runs, and why. Raises `ValueError` for a name that is none.
@@ -33,28 +33,39 @@ def choose(
 
     Args:
       placement: whose devices it runs on; None: JAX's default ones.
-      dtype, refusal: of the sources, and what the TPU kernel has against their shape (raised, if named).
+      dtype, refusal: of the sources, and what "tpu" or "gpu" has against their shape (raised, if named).
       unfit: what every kernel has against the call.
     """
     refuse(implementation, unfit)
     target = platform(placement)
-    if implementation is None and target == "tpu" and not _alone(placement):
+    if implementation is None and target in ("tpu", "gpu") and not _alone(placement):
         return Choice("reference", "jnp, compiled by XLA: kernels on several devices need a placement")
-    if implementation in ("reference", "xla") or (implementation is None and target != "tpu"):
-        unproven = "the kernels for GPUs were never run on one, and run when named"
-        why = f"jnp, compiled by XLA: {unproven if target == 'gpu' else f'there is no kernel for {target}'}"
-        return Choice("reference", "named by the caller" if implementation else why)
-    problem = unfit
-    if implementation in (None, "tpu") and not problem:
+    if implementation in ("reference", "xla"):
+        return Choice("reference", "named by the caller")
+    kernel = implementation or target
+    if kernel not in KERNELS:
+        return Choice("reference", f"jnp, compiled by XLA: there is no kernel for {target}")
+    problem = unfit or (unproven(placement) if kernel == "gpu" and not implementation else None)
+    if kernel != "triton" and not problem:
         with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
-            problem = refusal()
+            problem = refusal(kernel)
     if dtype is not None and dtype not in (jnp.bfloat16, jnp.float32):
         problem = f"kernels take bfloat16 and float32 sources, got {jnp.dtype(dtype)}"
     if problem and implementation:
         raise ValueError(f"implementation {implementation!r}: {problem}")
     if implementation:
         return Choice(implementation, "named by the caller")
-    return Choice("reference", problem) if problem else Choice("tpu", "Pallas kernels, on TPU")
+    return Choice("reference", problem) if problem else Choice(kernel, f"Pallas kernels, on {kernel.upper()}")
+
+
+def unproven(placement: Placement | None) -> str | None:
+    """Why the Mosaic kernels are not to be trusted on these GPUs unless named, or None."""
+    device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
+    if float(getattr(device, "compute_capability", "9.0")) < 9:
+        return f"the Mosaic kernels need a Hopper GPU or newer, this is {device.device_kind}; name triton"
+    if jax.__version_info__ >= (0, 12):
+        return f"the kernels for GPUs were run on one with JAX 0.11.2, not with {jax.__version__}; name gpu"
+    return None
 
 
 def refuse(implementation: str | None, unfit: str | None) -> None:

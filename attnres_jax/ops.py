@@ -16,9 +16,7 @@ from attnres_jax.depth import Partial, Rows
 from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
 from attnres_jax.rules import RULE, Rule, no_kernel
-from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import vjp as merge_kernel
-from pallas_kernels.depth_mix import config as mix_config
 from pallas_kernels.depth_mix import vjp as mix_kernel
 
 
@@ -39,7 +37,7 @@ def depth_mix(
     arrays, counts = tuple(rows.array for rows in sources), tuple(rows.n for rows in sources)
     shape = len(w), sum(map(len, arrays)), arrays[0].shape[-1], arrays[0].dtype
     unfit = no_kernel(rule, logits)
-    chosen, _ = choose(implementation, placement, shape[-1], partial(mix_config.tpu_refusal, *shape), unfit)
+    chosen, _ = choose(implementation, placement, shape[-1], partial(mix_kernel.refusal, *shape), unfit)
 
     @jax.named_scope("depth_mix")
     def mix(shared, arrays):
@@ -70,7 +68,7 @@ def depth_merge(
 ) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
     """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed. Returns
     it, and `done` and the sum for later reads. `row` (array, place) holds the sum too; `logit` is its own."""
-    fits = partial(merge_config.tpu_refusal, stream.shape[-1], stream.dtype)
+    fits = partial(merge_kernel.refusal, stream.shape[-1], stream.dtype)
     chosen, _ = choose(implementation, placement, stream.dtype, fits, no_kernel(rule, logit))
 
     @jax.named_scope("depth_merge")

@@ -210,7 +210,7 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
 MIX = [  # S, rows of each array, visible of them, tokens, D, given
     pytest.param(3, [1, 4], [None, 2], 5, 256, True, id="two arrays, counted"),
     pytest.param(1, [3], [None], 16, 256, False, id="single read", marks=pytest.mark.slow),
-    pytest.param(1, [1, 4], [None, 2], 5, 256, True, id="single read, counted"),
+    pytest.param(1, [1, 4], [None, 2], 11, 256, True, id="single read, counted"),
     pytest.param(3, [4], [1], 3, 256, False, id="one visible row", marks=pytest.mark.slow),
     pytest.param(12, [3, 7], [None, None], 24, 256, True, id="more than eight rows", marks=pytest.mark.slow),
     pytest.param(17, [2], [None], 3, 256, True, id="more than 16 queries", marks=pytest.mark.slow),
@@ -298,7 +298,7 @@ BAD_MIX = [  # rows, D, dtype, what the error says
     pytest.param(2, 72, BF16, r"sources: D = 72 is not a multiple of 256", id="D"),
     pytest.param(17, 256, BF16, r"sources: R = 17 rows, not from 1 to 16", id="too many rows"),
     pytest.param(0, 256, BF16, r"sources: R = 0 rows", id="no rows"),
-    pytest.param(2, 256, F32, r"sources\[0\]: dtype float32", id="fp32"),
+    pytest.param(2, 256, F32, r"sources: dtype float32", id="fp32"),
 ]
 
 
@@ -315,11 +315,6 @@ def test_mosaic_mix_lands_copies_where_the_hardware_takes_them():
         assert padded >= rows
         assert each >= 2 * queries + 1
         assert 4 * padded * each % 128 == 0
-
-
-def test_mosaic_mix_refuses_tokens_that_are_no_whole_tiles():
-    with pytest.raises(ValueError, match=r"sources: 9 tokens are not a multiple of 8, .* use triton"):
-        mix_gpu.forward(jnp.ones((1, 256)), (jnp.ones((2, 9, 256), BF16),), (None,), eps=EPS)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="jax-triton lowers under this JAX")

@@ -70,8 +70,17 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
     late = [y for x, y in points if x >= last / 2]
     margin = 0.05 * (max(late) - min(late)) or 0.05
     end.set(xlim=(0.49 * last, 1.01 * last), ylim=(min(late) - margin, max(late) + margin))
-    whole.legend(frameon=False)
+    _legend(figure)
     return figure
+
+
+def _legend(figure):
+    """In the first panel; where it would hide what is drawn there, beside all of them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 6:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
+    else:
+        figure.axes[0].legend(frameon=False)
 
 
 def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]) -> Figure:
@@ -86,7 +95,7 @@ def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]
         _plain_log_ticks(axes.yaxis)
     left.set(title="Output of each sublayer", ylabel="RMS over tokens and channels")
     right.set(title="Parameter gradient of each sublayer", ylabel="L2 norm (nats / token)")
-    left.legend(frameon=False)
+    _legend(figure)
     return figure
 
 
@@ -179,7 +188,7 @@ def by_depth(panels: Sequence[Panel], blocks: int = 0) -> Figure:
         if panel.log:
             axes.set_yscale("log", nonpositive="mask")
             _plain_log_ticks(axes.yaxis)
-    figure.axes[0].legend(frameon=False)
+    _legend(figure)
     return figure
 
 

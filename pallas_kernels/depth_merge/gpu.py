@@ -46,6 +46,15 @@ def tile_of(stream, inputs, outputs, resident):
     return Tile(tokens, D, groups, depth, staged, PROCESSORS * max(1, min(fitting, resident // groups)))
 
 
+def refusal(D, dtype):
+    """Why this backend cannot run the op in both directions, with every option, or None."""
+    try:
+        tile_of(jax.ShapeDtypeStruct((1, D), dtype), inputs=5, outputs=2, resident=2)
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
 def _slots(D, itemsize, inputs, outputs):
     """Deep enough to hide the memory, and two programs per processor rather than one; and how many fit."""
     choices = [(3, 2), (2, 2), (2, 1), (1, 1)]

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
+from jax.typing import DTypeLike
 
+from pallas_kernels.depth_merge import config
 from pallas_kernels.tpu import LANES
 
 BACKENDS = ("tpu", "gpu", "triton")
@@ -79,6 +81,11 @@ def _backward(eps, norm_eps, keep_mixture, backend, saved, cotangents):
     d_p = d_p.reshape(d_stream.shape)
     done = d_o.reshape(mixtures.shape), d_l.reshape(lse.shape)
     return d_w, d_scale, *done, d_p, None, None if alone else d_p, None, None, None
+
+
+def refusal(D: int, dtype: DTypeLike, backend: str) -> str | None:
+    """Why "tpu" or "gpu" cannot run the op in both directions on the device at hand, or None."""
+    return (config.tpu_refusal if backend == "tpu" else _module(backend).refusal)(D, dtype)
 
 
 def _check(w, scale, mixtures, lse, stream, kept, y):

@@ -23,16 +23,16 @@ shared memory holds zeros. A box of more tokens than there are is zero-filled an
 stats, one for each 16 queries: logits [tokens / 8, R, 8 queries] (entry query * 8 + token; -inf for a hidden
 row), rstd [R, tokens].
 
-Limits: sources bf16, D a multiple of 256, tokens a multiple of 8 (or fewer), R at most 16 in all. More than
-16 queries run 16 at a time: the sources are read, and d_sources rounded, once for each 16, and the mixtures
-are put together by a copy.
+Limits: sources bf16, D a multiple of 256, R at most 16 in all. More than 16 queries run 16 at a time: the
+sources are read, and d_sources rounded, once for each 16, and the mixtures are put together by a copy. More
+than 8 tokens that 8 does not divide are padded, which copies the sources.
 """
 
 import jax.numpy as jnp
 
-from pallas_kernels.depth_mix.gpu_backward import COLUMNS, apply, dscore
+from pallas_kernels.depth_mix.gpu_backward import apply, dscore
 from pallas_kernels.depth_mix.gpu_forward import mix, score
-from pallas_kernels.depth_mix.gpu_tiles import BF16, TOKENS, Shape, halves
+from pallas_kernels.depth_mix.gpu_tiles import BF16, COLUMNS, TOKENS, Shape, halves
 from pallas_kernels.depth_mix.vjp import Forward
 
 QUERIES = 16  # at once
@@ -43,35 +43,51 @@ def _shape(w, sources):
     _, tokens, D = sources[0].shape
     R = sum(len(v) for v in sources)
     for k, v in enumerate(sources):
-        if v.dtype != BF16:
-            raise ValueError(f"sources[{k}]: dtype {v.dtype}; Mosaic GPU mixes bfloat16 only, use triton")
-        if v.shape[1:] != (tokens, D):
-            raise ValueError(f"sources[{k}]: shape {v.shape} does not end in {(tokens, D)}")
-    if D % COLUMNS:
-        raise ValueError(f"sources: D = {D} is not a multiple of {COLUMNS}, two columns a thread; use triton")
-    if tokens > TOKENS and tokens % TOKENS:
-        raise ValueError(
-            f"sources: {tokens} tokens are not a multiple of {TOKENS}, a tile of a TMA copy; use triton"
-        )
-    if not 1 <= R <= ROWS:
-        raise ValueError(f"sources: R = {R} rows, not from 1 to {ROWS}; use triton")
+        if v.shape[1:] != (tokens, D) or v.dtype != sources[0].dtype:
+            raise ValueError(
+                f"sources[{k}]: {v.dtype} {v.shape} differs from sources[0], "
+                f"{sources[0].dtype} [.., {tokens}, {D}]"
+            )
+    if problem := refusal(len(w), R, D, sources[0].dtype):
+        raise ValueError(problem)
     return Shape(tokens, D, R, len(w))
+
+
+def refusal(S, R, D, dtype):
+    """Why this backend cannot run the op, or None; it takes any S."""
+    del S
+    if dtype != BF16:
+        return f"sources: dtype {jnp.dtype(dtype)}; Mosaic GPU mixes bfloat16 only, use triton"
+    if D % COLUMNS:
+        return f"sources: D = {D} is not a multiple of {COLUMNS}, two columns a thread; use triton"
+    if not 1 <= R <= ROWS:
+        return f"sources: R = {R} rows, not from 1 to {ROWS}; use triton"
+    return None
+
+
+def _whole(a):
+    """[rows, tokens, ...] with tokens in whole eights, the tiles of a copy; fewer than eight are one."""
+    missing = -a.shape[1] % TOKENS if a.shape[1] > TOKENS else 0
+    return jnp.pad(a, ((0, 0), (0, missing), *((0, 0) for _ in a.shape[2:]))) if missing else a
 
 
 def forward(w, sources, counts, *, eps, interpret=None):
     """Mixture and lse of every query; see the contract in the README of this folder."""
-    _shape(w, sources)
+    tokens, sources = _shape(w, sources).tokens, tuple(map(_whole, sources))
     parts = [_forward(w[s : s + QUERIES], sources, counts, eps, interpret) for s in range(0, len(w), QUERIES)]
-    if len(parts) == 1:
-        return Forward(parts[0].mixture, parts[0].lse, (parts[0].stats,))
-    mixture, lse = (jnp.concatenate([p[i] for p in parts]) for i in range(2))
-    return Forward(mixture, lse, tuple(p.stats for p in parts))
+    stats = tuple(p.stats for p in parts)
+    mixture, lse = parts[0][:2]
+    if len(parts) > 1:
+        mixture, lse = (jnp.concatenate([p[i] for p in parts]) for i in range(2))
+    return Forward(mixture[:, :tokens], lse[:, :tokens], stats)
 
 
 def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps, interpret=None):
     """(dw, d_sources), the latter added to what was given, in place."""
     del eps  # all that it says is in stats
-    _shape(w, sources)
+    tokens, sources = _shape(w, sources).tokens, tuple(map(_whole, sources))
+    lse, d_mixture, d_lse = map(_whole, (lse, d_mixture, d_lse))
+    d_sources = None if d_sources is None else tuple(map(_whole, d_sources))
     dw = []
     for i, stat in enumerate(stats):
         some = slice(i * QUERIES, min((i + 1) * QUERIES, len(w)))
@@ -88,7 +104,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
             interpret,
         )
         dw.append(part)
-    return jnp.concatenate(dw), d_sources
+    return jnp.concatenate(dw), tuple(d[:, :tokens] for d in d_sources)
 
 
 def _forward(w, sources, counts, eps, interpret):

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_mix.gpu_tiles import (
     BF16,
+    COLUMNS,
     DOWN,
     F32,
     TOKENS,
@@ -25,8 +26,6 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     zero_arrivals,
 )
 from pallas_kernels.mosaic import PROCESSORS, SHARED_BYTES, run, shaped
-
-COLUMNS = 256  # of a copy, along an axis
 
 
 def _fetch_cotangents(r, shape, at, slot, tokens, cols):

@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 TOKENS = 8  # of one matrix product
+COLUMNS = 256  # at most, of a copy along an axis; D is a multiple
 WGMMA = plgpu.Layout.WGMMA
 DOWN = WGMMA.reduce(1)  # a vector over the rows of a matrix
 

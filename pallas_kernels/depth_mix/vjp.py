@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
+from jax.typing import DTypeLike
+
+from pallas_kernels.depth_mix import config
 
 BACKENDS = ("tpu", "gpu", "triton")
 
@@ -61,6 +64,11 @@ def _backward(eps, handed_on, backend, kept, cotangents):
     args = (w, tuple(map(_flat, sources)), counts, lse, stats, _flat(d_mixture), d_lse.reshape(len(w), -1))
     d_w, d_sources = run(*args, d_sources)
     return d_w, tuple(d.reshape(v.shape) for d, v in zip(d_sources, sources, strict=True)), None
+
+
+def refusal(S: int, R: int, D: int, dtype: DTypeLike, backend: str) -> str | None:
+    """Why "tpu" or "gpu" cannot run the op in both directions on the device at hand, or None."""
+    return (config.tpu_refusal if backend == "tpu" else _module(backend).refusal)(S, R, D, dtype)
 
 
 def _check(w, sources, counts):
