@@ -25,8 +25,15 @@ stage() {  # name, seconds, command: all it says to log.txt, its end to the term
 }
 
 check() {  # fails where a kernel hung or broke the process: it would take others with it below
-  [[ $STAGES != *check* ]] || stage "check $1" 100 "$PYTHON" tests/on_gpu.py "$1" 60
-  [ $? -le 1 ]  # 1: something is wrong, which gets no speed and a reason
+  local part running=() broken=0
+  [[ $STAGES == *check* ]] || return 0
+  for part in 1/4 2/4 3/4 4/4; do
+    stage "check $1 $part" 150 "$PYTHON" tests/on_gpu.py "$1" 100 "$part" & running+=($!)
+  done
+  for part in "${running[@]}"; do
+    wait "$part" || [ $? -le 1 ] || broken=1  # 1: something is wrong, which gets no speed and a reason
+  done
+  return $broken
 }
 
 { nvidia-smi; "$PYTHON" -m pip list; git rev-parse HEAD; } > "$OUT/environment.txt" 2>&1
@@ -39,7 +46,7 @@ done
   --arms "${runs[@]}" fla-core fla-core-gluon fast-attnres flash-attn-res liger-kernel
 [[ $STAGES == *step* ]] && for width in 2304 4096; do
   keys=(--config.model.width=$width --config.model.blocks=6 --config.model.heads=$((width / 128))
-    --config.model.kv_heads=$((width / 128)) --config.model.mlp_width=$((width * 8 / 3)) --config.block_size=6
+    --config.model.kv_heads=$((width / 128)) --config.model.mlp_width=$((width * 8 / 3 / 256 * 256)) --config.block_size=6
     --config.model.dtype=bfloat16 --config.model.attention=flash --config.data.length=2048 --config.data.batch=8)
   for implementation in "${runs[@]}"; do
     file=$(mktemp)
