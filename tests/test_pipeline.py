@@ -48,9 +48,9 @@ def config_of(size, residual="block", block_size=2, mesh=None, **keys):
     return configs.from_flat(flat | {"data.batch": rows} | {k.replace("__", "."): v for k, v in keys.items()})
 
 
-def made(config, end=None, params=None):
+def made(config, end=None, params=None, model=None):
     """The pipelined model, that of one device, and `params`, or else those of a start and a little more."""
-    model = configs.model_config(config, VOCAB)
+    model = model or configs.model_config(config, VOCAB)
     mesh = meshes.make_mesh(config.mesh.to_dict(), jax.devices()[: int(np.prod([*config.mesh.values()]))])
     alone = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     rng = np.random.default_rng(1)
