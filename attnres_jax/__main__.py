@@ -271,8 +271,8 @@ def _inspect_pipeline(config, counts, out):
     scheme, sublayers = configs.model_config(config, 1).scheme, 2 * config.model.blocks
     if not scheme.append_only:
         raise configs.UserError(
-            f"residual {config.residual!r} keeps no completed blocks: all that it keeps travels with each hop, "
-            "as one unit; --pipeline draws the messages of one that does, such as block"
+            f"residual {config.residual!r} keeps no completed blocks: all that it keeps travels as one "
+            "unit; --pipeline draws the messages of one that does, such as block"
         )
     try:
         chunks = Chunks(sublayers, scheme.schedule(sublayers).block_size, stages, virtual_stages)
