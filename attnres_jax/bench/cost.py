@@ -118,7 +118,13 @@ def _cost(module, computation, i, kernels, times):
     if i.opcode == "fusion":
         (called,) = i.called("calls")
         inner = module.computations[called]
-        return *_fusion(module, computation, i, inner), flops(module, inner)
+        read, written = _fusion(module, computation, i, inner)
+        own = [_custom(inner, k, kernels, times) for k in inner.instructions.values() if _is_kernel(k)]
+        return (
+            read + sum(cost.read for cost in own),
+            written + sum(cost.written for cost in own),
+            flops(module, inner) + sum(cost.flops for cost in own),
+        )
     if i.opcode == "custom-call":
         return _custom(computation, i, kernels, times)
     if i.opcode in ("copy-start", "slice-start"):
@@ -145,8 +151,12 @@ def _moved(computation, i):
     return 0 if source.space else moved.bytes, moved.hbm
 
 
+def _is_kernel(i):
+    return i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes
+
+
 def _custom(computation, i, kernels, times):
-    if 'custom_call_target="tpu_custom_call"' not in i.attributes:
+    if not _is_kernel(i):
         allocates = "AllocateBuffer" in i.attributes
         return (0, 0, 0) if allocates else (_read(computation, i), i.hbm, 0)
     operands = tuple(shape for o in i.operands for shape in computation.instructions[o].shapes)
@@ -170,6 +180,8 @@ def _kind(module, i):
         return "collective"
     if i.opcode == "fusion":
         (called,) = i.called("calls")
+        if any(map(_is_kernel, module.computations[called].instructions.values())):
+            return "kernel"
         if flops(module, module.computations[called]):
             return "matmul"
         update = "dynamic-update-slice" in opcodes(module, called)
@@ -189,6 +201,7 @@ def opcodes(module: Module, name: str) -> set[str]:
 
 
 def _fusion(module, computation, i, inner):
+    """Bytes of a fusion, but for what a kernel in it reads and makes."""
     outside = [computation.instructions[o] for o in i.operands]
     read = sum(
         min(_used(module, inner, name), sum(s.size for s in o.shapes)) * BYTES[o.shapes[0].dtype]
@@ -196,14 +209,22 @@ def _fusion(module, computation, i, inner):
         if o.hbm
     )
     roots = _leaves(inner, inner.root)
-    written = sum(_made(module, inner, leaf, s) for leaf, s in zip(roots, i.shapes, strict=False) if s.hbm)
-    return read, written
+    made = [(leaf, s) for leaf, s in zip(roots, i.shapes, strict=False) if s.hbm]
+    return read, sum(_made(module, inner, leaf, s) for leaf, s in made if not _by_kernel(inner, leaf))
+
+
+def _by_kernel(inner, i):
+    """Whether a kernel in the fusion made this result, or what updates it."""
+    source = {"get-tuple-element": 0, "bitcast": 0, "dynamic-update-slice": 1}.get(i.opcode)
+    return _is_kernel(i) if source is None else _by_kernel(inner, inner.instructions[i.operands[source]])
 
 
 def _used(module: Module, inner: Computation, name: str) -> float:
     """Elements of `name` that its users need; infinite where one needs all."""
     total = 0.0
     for user in inner.users(name):
+        if _is_kernel(user):
+            continue  # it says itself what it reads
         if user.opcode in VIEWS:
             total += _used(module, inner, user.name) if user.name != inner.root else math.inf
         elif user.opcode in SLICES and user.operands[0] == name:

@@ -15,10 +15,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from attnres_jax import stack
+from attnres_jax.autodiff import Block, append_scan, taking
 from attnres_jax.depth import Rows
 from attnres_jax.parallel.timetable import Cache, Chunks
 from attnres_jax.residuals.base import PyTree, Scheme
-from attnres_jax.spelling import belonging, by_kind
+from attnres_jax.spelling import belonging, by_kind, fold, runs, segments
 
 Layers = Mapping[str, stack.Layer]
 
@@ -88,10 +89,8 @@ class Chunked:
         mix = jax.tree.map(lambda a: a[jnp.minimum(given, len(self.kinds) - 1)], mix)
         own = mix, {kind: (leaves, None) for kind, leaves in params.items()}
         made, total = slice_rows(rows, at(self.cache.fresh, c), self.cache.written), jnp.float32(0)
-        policy = jax.checkpoint_policies
-        policy = policy.save_from_both_policies(policy.save_only_these_names("stream"), self.policy)
         for segment in self.chunks.segments:
-            run = jax.checkpoint(partial(self._segment, layers, segment), policy=policy)
+            run = partial(self._appending if self.scheme.append_only else self._whole, layers, segment)
             made, penalty = run(own, rows, made, c)
             total = total + penalty
         return made, total
@@ -103,36 +102,61 @@ class Chunked:
         read: Any = self.scheme.finish(mix, history)
         return read.mixture
 
-    def _segment(self, layers, segment, own, rows, made, c):
-        scheme, cache, kinds = self.scheme, self.cache, self.longest[segment.first : segment.last]
-        block, fresh = at(segment.block, c), at(cache.fresh, c)
-        row = block - fresh if scheme.append_only else 0
-        begins = at(segment.begins, c) if scheme.append_only else True
-        if scheme.append_only:
-            whole = put_rows(rows, made, fresh) if segment.first else rows
-            history = (Rows(whole, block),)
-        else:
-            history = pick(made, 0)
+    def _appending(self, layers, segment, own, rows, made, c):
+        """A segment that makes a block, or goes on with the one that it finds begun."""
+        scheme, kinds = self.scheme, self.longest[segment.first : segment.last]
+        block, fresh, begins = at(segment.block, c), at(self.cache.fresh, c), at(segment.begins, c)
         mix, shares = belonging(self.longest, segment.first, kinds, own)
-        slots, history = scheme.open(mix, history, begins)
-        stream = scheme.begin(history)
-        if begins is not True and stream is not None:
-            stream = select(begins, stream, pick(made, row))
+        places = {k: jnp.arange(kinds.count(k)) for k in shares}
+        found = pick(made, block - fresh)
+
+        def start(rows, n, own):
+            slots, history = scheme.open(own[0], (Rows(rows, block),), begins)
+            stream = scheme.begin(history)
+            if begins is not True and stream is not None:
+                stream = select(begins, stream, found)
+            return history, stream, segments(kinds, (slots, own[1]))
+
+        def step(kind):
+            one = stack.sublayer(scheme, layers[kind])
+            # The first running sum of a block begun elsewhere is from `start`, not from where sums are kept.
+            alone = one if begins is True else lambda history, stream, own, row: one(history, stream, own)
+            return jax.checkpoint(taking(kind, alone), policy=self.policy, prevent_cse=False)
+
+        steps = {k: step(k) for k in set(kinds)}
+        block_of = Block(start, tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds)))
+        whole = put_rows(rows, made, fresh) if segment.first else rows
+        rows, (ys,) = append_scan(
+            [block_of], lambda own: [own], len(whole), whole, fold((mix, places), 1), shares
+        )
+        ys, running = jax.tree.map(lambda a: a[0], ys), at(segment.runs, c)
+        return select(running, put(made, rows[-1], block - fresh), made), self._penalty(running, kinds, ys)
+
+    def _whole(self, layers, segment, own, rows, made, c):
+        """A segment of a history that is one unit, which it makes anew."""
+        policy = jax.checkpoint_policies
+        policy = policy.save_from_both_policies(policy.save_only_these_names("stream"), self.policy)
+        scheme, kinds = self.scheme, self.longest[segment.first : segment.last]
         steps = {
             k: jax.checkpoint(stack.sublayer(scheme, layers[k]), policy=self.policy, prevent_cse=False)
             for k in set(kinds)
         }
-        history, stream, ys = stack.sublayers(steps, kinds, history, stream, (slots, shares))
-        if scheme.append_only:
-            ends = at(segment.ends, c)
-            done = stream if ends is False else scheme.close(history, stream)[-1].array[0]
-            new = select(ends, done, stream)
-        else:
-            new = scheme.close(history, stream)
-        runs, penalty = at(segment.runs, c), jnp.float32(0)
-        if self.penalty is not None:
-            penalty = jnp.where(runs, self.penalty(by_kind(kinds, ys)), 0)
-        return select(runs, put(made, new, row), made), penalty
+
+        def run(own, made):
+            mix, shares = belonging(self.longest, segment.first, kinds, own)
+            slots, history = scheme.open(mix, pick(made, 0))
+            stream = scheme.begin(history)
+            history, stream, ys = stack.sublayers(steps, kinds, history, stream, (slots, shares))
+            return scheme.close(history, stream), ys
+
+        new, ys = jax.checkpoint(run, policy=policy)(own, made)
+        running = at(segment.runs, c)
+        return select(running, put(made, new, 0), made), self._penalty(running, kinds, ys)
+
+    def _penalty(self, running, kinds, ys):
+        if self.penalty is None:
+            return jnp.float32(0)
+        return jnp.where(running, self.penalty(by_kind(kinds, ys)), 0)
 
 
 def at(values: tuple, c: Any) -> Any:
