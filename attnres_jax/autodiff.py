@@ -39,23 +39,22 @@ class Block(NamedTuple):
         return sum(len(steps) * reps for steps, reps in self.segments) - 1
 
 
-def append_scan(blocks, split, count, rows, xs, whole):
-    """Scan over `blocks`, `reps` times over, each of which appends a row and sees the rows before it.
+def append_scan(blocks, split, rows, n, xs, whole):
+    """Scan over `blocks`, `reps` times over, each of which writes a row, from `n` on, and sees those before.
 
-    Of iteration i, block j takes its part of `split(xs_i)`. `whole` are arrays [n, ...] of parameters, each
-    row of which one step is to `take`: scans inside scans would copy them, and their gradients, at each
-    level. Returns the rows and, for each block, segment and step, the stacked y. Kept for the backward pass:
-    the rows, once, for each was written once; the carry before each step, in one array that grows as they do;
-    what steps keep of their own. What `open` makes is made again.
+    `rows` have room for them: numbers, for what nobody sees yet meets weights of zero. Of iteration i, block
+    j takes its part of `split(xs_i)`. `whole` are arrays [n, ...] of parameters, each row of which one step is
+    to `take`: scans inside scans would copy them, and their gradients, at each level. Returns the rows and,
+    for each block, segment and step, the stacked y. Kept for the backward pass: the rows, once, for each was
+    written once; the carry before each step, in one array that grows as they do; what steps keep of their own.
+    What `open` makes is made again.
     """
     reps = len(jax.tree.leaves(xs)[0])
     count_kept = reps * sum(block.kept for block in blocks)
     # One more, where the last step of a block is one of a scan: it stores its carry too, which is a row.
     kept = lax.empty((count_kept + (blocks[-1].segments[-1][1] > 1), *rows.shape[1:]), rows.dtype)
-    first, rows = rows, _room(rows, len(blocks) * reps)
-    converted, closed_over = [], []
+    n, converted, closed_over = jnp.asarray(n, jnp.int32), [], []
     for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
-        n = jnp.int32(count)
         opened, carry, inputs = block.open(rows, n, own)  # for its types alone
         shared = opened, whole
         start, of_start = jax.closure_convert(block.open, rows, n, own)
@@ -73,21 +72,18 @@ def append_scan(blocks, split, count, rows, xs, whole):
             of_steps.append(list(closed))
         converted.append(Block(start, tuple(segments)))
         closed_over.append([of_start, of_steps])
-    return _append_scan(
-        tuple(converted), split, (count, count_kept, len(kept)), first, xs, whole, closed_over
-    )
+    return _append_scan(tuple(converted), split, (count_kept, len(kept)), rows, n, xs, whole, closed_over)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _append_scan(blocks, split, counts, rows, xs, whole, closed_over):
-    return _append_fwd(blocks, split, counts, rows, xs, whole, closed_over)[0]
+def _append_scan(blocks, split, counts, rows, n, xs, whole, closed_over):
+    return _append_fwd(blocks, split, counts, rows, n, xs, whole, closed_over)[0]
 
 
-def _append_fwd(blocks, split, counts, rows, xs, whole, closed_over):
-    kept = lax.empty((counts[2], *rows.shape[1:]), rows.dtype)
+def _append_fwd(blocks, split, counts, rows, n, xs, whole, closed_over):
+    kept = lax.empty((counts[1], *rows.shape[1:]), rows.dtype)
     if any(block.segments[0][1] > 1 for block in blocks):  # see `_forward`; else XLA writes zeros to it all
         kept = lax.dynamic_update_slice_in_dim(lax.optimization_barrier(kept), jnp.zeros_like(rows[:1]), 0, 0)
-    rows = _room(rows, len(blocks) * len(jax.tree.leaves(xs)[0]))
 
     def body(state, x):
         (rows, n, kept, at), ys, pulls = state, [], []
@@ -98,13 +94,8 @@ def _append_fwd(blocks, split, counts, rows, xs, whole, closed_over):
             pulls.append(pull)
         return (rows, n, kept, at), (ys, pulls)
 
-    (rows, _, kept, _), (ys, pulls) = lax.scan(body, (rows, jnp.int32(counts[0]), kept, jnp.int32(0)), xs)
-    return (rows, ys), (rows, kept, xs, whole, closed_over, pulls)
-
-
-def _room(rows, more):
-    """`rows`, and `more` of zeros: what nobody sees yet meets weights of zero, so it must be numbers."""
-    return jnp.pad(rows, [(0, more)] + [(0, 0)] * (rows.ndim - 1))
+    (rows, n, kept, _), (ys, pulls) = lax.scan(body, (rows, n, kept, jnp.int32(0)), xs)
+    return (rows, ys), (rows, n, kept, xs, whole, closed_over, pulls)
 
 
 def _forward(block, closed_over, rows, n, own, whole, keep):
@@ -141,7 +132,7 @@ def _spread(step, shared, carry, value, row, own):
 
 
 def _append_bwd(blocks, split, counts, residuals, cotangents):
-    rows, kept, xs, whole, closed_over, pulls = residuals
+    rows, n, kept, xs, whole, closed_over, pulls = residuals
     d_rows, d_ys = cotangents
     of_y = jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape[1:], d.dtype), d_ys)
 
@@ -158,14 +149,12 @@ def _append_bwd(blocks, split, counts, residuals, cotangents):
             d_closed[j] = jax.tree.map(jnp.add, d_closed[j], d_own)
         return (d_rows, d_whole, d_closed, n, at), _drop_float0(join(d_parts)[0])
 
-    ends = jnp.int32(len(rows)), jnp.int32(counts[1])
-    init = (d_rows, _unwritten(whole), jax.tree.map(jnp.zeros_like, closed_over), *ends)
+    init = (d_rows, _unwritten(whole), jax.tree.map(jnp.zeros_like, closed_over), n, jnp.int32(counts[0]))
     (d_rows, d_whole, d_closed, *_), d_xs = lax.scan(
         body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True
     )
     d_xs, d_whole = (_restore_float0(d, _tangents(a)) for d, a in ((d_xs, xs), (d_whole, whole)))
-    # New rows' own cotangents are used up.
-    return d_rows[: counts[0]], d_xs, d_whole, d_closed
+    return d_rows, None, d_xs, d_whole, d_closed  # those of rows that it wrote are used up, and left
 
 
 def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far, d_carry, d_ys):

@@ -187,8 +187,9 @@ def _repeat(scheme, steps, blocks, reps, policy, own, history):
         return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in runs(kinds)))
 
     rows = jnp.concatenate([r.array for r in history])
+    room = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
     rows, ys = append_scan(
-        [block(b) for b in blocks], split, len(rows), rows, fold((mix, places), reps), shares
+        [block(b) for b in blocks], split, room, len(rows), fold((mix, places), reps), shares
     )
     return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))
 

@@ -158,7 +158,7 @@ def _is_kernel(i):
 def _custom(computation, i, kernels, times):
     if not _is_kernel(i):
         allocates = "AllocateBuffer" in i.attributes
-        return (0, 0, 0) if allocates else (_read(computation, i), i.hbm, 0)
+        return Cost(0, 0, 0) if allocates else Cost(_read(computation, i), i.hbm, 0)
     operands = tuple(shape for o in i.operands for shape in computation.instructions[o].shapes)
     return kernels.get(kernel_name(i.name), whole)(Call(operands, i.shapes, times))
 

@@ -78,7 +78,8 @@ class Chunked:
     def run(
         self, layers: Layers, mix: dict[str, Array], params: Any, rows: PyTree, c: Int[Array, ""]
     ) -> tuple[PyTree, Array]:
-        """Chunk `c` over `rows` [cache.rows, ...]: the `written` rows from `cache.fresh[c]` on; the penalty.
+        """Chunk `c` over `rows` [cache.rows, ...]: these with what it makes, in the `written` rows from
+        `cache.fresh[c]` on; and the penalty.
 
         `params` are kind -> leaves [n, ...] of the longest chunk, `mix` the parameters of all sublayers. A
         chunk runs forward in its own tick and again in that of its backward pass, which starts from the rows
@@ -88,12 +89,12 @@ class Chunked:
         # Beyond the end of a shorter chunk stands some sublayer, whose output is left out.
         mix = jax.tree.map(lambda a: a[jnp.minimum(given, len(self.kinds) - 1)], mix)
         own = mix, {kind: (leaves, None) for kind, leaves in params.items()}
-        made, total = slice_rows(rows, at(self.cache.fresh, c), self.cache.written), jnp.float32(0)
+        total = jnp.float32(0)
         for segment in self.chunks.segments:
             run = partial(self._appending if self.scheme.append_only else self._whole, layers, segment)
-            made, penalty = run(own, rows, made, c)
+            rows, penalty = run(own, rows, c)
             total = total + penalty
-        return made, total
+        return rows, total
 
     def finish(self, mix: dict[str, Array], rows: PyTree) -> Float[Array, "B T D"]:
         """The output read, of the rows after the last chunk."""
@@ -102,16 +103,15 @@ class Chunked:
         read: Any = self.scheme.finish(mix, history)
         return read.mixture
 
-    def _appending(self, layers, segment, own, rows, made, c):
+    def _appending(self, layers, segment, own, rows, c):
         """A segment that makes a block, or goes on with the one that it finds begun."""
         scheme, kinds = self.scheme, self.longest[segment.first : segment.last]
-        block, fresh, begins = at(segment.block, c), at(self.cache.fresh, c), at(segment.begins, c)
+        block, begins, running = (at(v, c) for v in (segment.block, segment.begins, segment.runs))
         mix, shares = belonging(self.longest, segment.first, kinds, own)
-        places = {k: jnp.arange(kinds.count(k)) for k in shares}
-        found = pick(made, block - fresh)
+        places, found = {k: jnp.arange(kinds.count(k)) for k in shares}, pick(rows, block)
 
-        def start(rows, n, own):
-            slots, history = scheme.open(own[0], (Rows(rows, block),), begins)
+        def start(rows, n, own) -> Any:
+            slots, history = scheme.open(own[0], (Rows(rows, n),), begins)
             stream = scheme.begin(history)
             if begins is not True and stream is not None:
                 stream = select(begins, stream, found)
@@ -124,15 +124,16 @@ class Chunked:
             return jax.checkpoint(taking(kind, alone), policy=self.policy, prevent_cse=False)
 
         steps = {k: step(k) for k in set(kinds)}
-        block_of = Block(start, tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds)))
-        whole = put_rows(rows, made, fresh) if segment.first else rows
-        rows, (ys,) = append_scan(
-            [block_of], lambda own: [own], len(whole), whole, fold((mix, places), 1), shares
-        )
-        ys, running = jax.tree.map(lambda a: a[0], ys), at(segment.runs, c)
-        return select(running, put(made, rows[-1], block - fresh), made), self._penalty(running, kinds, ys)
+        parts = tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds))
+        xs = fold((mix, places), 1)
+        # `append_scan` leaves a used cotangent where it writes: no part of what was found there.
+        rows = put(rows, lax.stop_gradient(found), block)
+        rows, (ys,) = append_scan([Block(start, parts)], lambda own: [own], rows, block, xs, shares)
+        if running is not True:
+            rows = put(rows, select(running, pick(rows, block), found), block)
+        return rows, self._penalty(running, kinds, jax.tree.map(lambda a: a[0], ys))
 
-    def _whole(self, layers, segment, own, rows, made, c):
+    def _whole(self, layers, segment, own, rows, c):
         """A segment of a history that is one unit, which it makes anew."""
         policy = jax.checkpoint_policies
         policy = policy.save_from_both_policies(policy.save_only_these_names("stream"), self.policy)
@@ -142,16 +143,15 @@ class Chunked:
             for k in set(kinds)
         }
 
-        def run(own, made):
+        def run(own, rows):
             mix, shares = belonging(self.longest, segment.first, kinds, own)
-            slots, history = scheme.open(mix, pick(made, 0))
+            slots, history = scheme.open(mix, pick(rows, 0))
             stream = scheme.begin(history)
             history, stream, ys = stack.sublayers(steps, kinds, history, stream, (slots, shares))
             return scheme.close(history, stream), ys
 
-        new, ys = jax.checkpoint(run, policy=policy)(own, made)
-        running = at(segment.runs, c)
-        return select(running, put(made, new, 0), made), self._penalty(running, kinds, ys)
+        (new, ys), running = jax.checkpoint(run, policy=policy)(own, rows), at(segment.runs, c)
+        return select(running, put(rows, new, 0), rows), self._penalty(running, kinds, ys)
 
     def _penalty(self, running, kinds, ys):
         if self.penalty is None:

@@ -245,7 +245,7 @@ class _Run:
             rows = put_rows(rows, state.early, at(cache.early, now.c))
         rows = put_rows(rows, state.fresh, at(cache.fresh, jnp.maximum(now.c - 1, 0)))
         micro = self._micro(now.m)
-        rows = select(self._embeds(now), put(rows, self._embedded(micro), 0), rows)
+        rows = put(rows, select(self._embeds(now), self._embedded(micro), pick(rows, 0)), 0)
         early = state.early
         if cache.conveyor:
             early = self._sent(slice_rows(rows, at(cache.early, now.c + 1), cache.conveyor), 1)
@@ -255,8 +255,8 @@ class _Run:
         if jax.tree.leaves(given):
             given = jax.tree.map(lambda a, b: a.at[slot, now.v].set(b), given, found)
         params = pick(self.parts.layers, now.v), self.parts.mix.sublayers
-        made, penalty = self._chunk(now, micro)(*params, rows)
-        rows = put_rows(rows, made, at(cache.fresh, now.c))
+        rows, penalty = self._chunk(now, micro)(*params, rows)
+        made = slice_rows(rows, at(cache.fresh, now.c), cache.written)
         return state._replace(
             cache=put(state.cache, rows, slot),
             given=given,
@@ -271,14 +271,12 @@ class _Run:
         state, d_last = self._head(state, t)
         place, slot = now.m % self.P, now.m % self._slots(state)
         # What later chunks of this stage left, and what comes from the next chunk; or from the head.
+        nothing, ends = partial(jax.tree.map, jnp.zeros_like), now.c == C - 1
         d = pick(state.d_cache, place)
-        d = jax.tree.map(lambda a: jnp.where(now.v == V - 1, 0, a), d)
+        d = select(ends, d_last, select(now.v == V - 1, nothing(d), d))
         window = at(cache.first, now.c + 1)
-        there = jax.tree.map(jnp.add, slice_rows(d, window, cache.window), back)
-        d = select(now.c == C - 1, d_last, put_rows(d, there, window))
-        # The cotangent of what this chunk returned, from all its uses.
-        fresh = at(cache.fresh, now.c)
-        d_made, d = taken(d, fresh, cache.written)
+        sent = select(ends, nothing(back), back)
+        d = put_rows(d, jax.tree.map(jnp.add, slice_rows(d, window, cache.window), sent), window)
         rows, micro = pick(state.cache, slot), self._micro(now.m)
         if self.chunked.parted:
             given = jax.tree.map(lambda a: a[slot, now.v], state.given)
@@ -286,12 +284,13 @@ class _Run:
         (_, penalty), pull = jax.vjp(
             self._chunk(now, micro), pick(self.parts.layers, now.v), self.parts.mix.sublayers, rows
         )
-        d_layers, d_mix, d_rows = pull((d_made, jnp.ones_like(penalty)))
-        d = jax.tree.map(jnp.add, d, d_rows)
+        # Of what this chunk returned, from all its uses; what it did not write passes through, added to.
+        d_layers, d_mix, d = pull((d, jnp.ones_like(penalty)))
         # The embedding's: this stage looked it up itself.
         embeds = self._embeds(now) & now.live
-        d_first = jax.tree.map(lambda a: jnp.where(embeds, a, 0), pick(d, 0))
-        d = select(self._embeds(now), put(d, jax.tree.map(jnp.zeros_like, d_first), 0), d)
+        first = pick(d, 0)
+        d_first = select(embeds, first, nothing(first))
+        d = put(d, select(self._embeds(now), nothing(first), first), 0)
         (d_x,) = jax.vjp(self.chunked.first, self.model.embed(self.parts.table, micro))[1](d_first)
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
         window = at(cache.first, now.c)
