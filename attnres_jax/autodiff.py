@@ -43,11 +43,11 @@ def append_scan(blocks, split, rows, n, xs, whole):
     """Scan over `blocks`, `reps` times over, each of which writes a row, from `n` on, and sees those before.
 
     `rows` have room for them: numbers, for what nobody sees yet meets weights of zero. Of iteration i, block
-    j takes its part of `split(xs_i)`. `whole` are arrays [n, ...] of parameters, each row of which one step is
-    to `take`: scans inside scans would copy them, and their gradients, at each level. Returns the rows and,
-    for each block, segment and step, the stacked y. Kept for the backward pass: the rows, once, for each was
-    written once; the carry before each step, in one array that grows as they do; what steps keep of their own.
-    What `open` makes is made again.
+    j takes its part of `split(xs_i)`. `whole` are arrays [n, ...] of parameters, each row of which one step
+    is to `take`: scans inside scans would copy them, and their gradients, at each level. Returns the rows
+    and, for each block, segment and step, the stacked y. Kept for the backward pass: the rows, once, for each
+    was written once; the carry before each step, in one array that grows as they do; what steps keep of their
+    own. What `open` makes is made again.
     """
     reps = len(jax.tree.leaves(xs)[0])
     count_kept = reps * sum(block.kept for block in blocks)

@@ -92,6 +92,44 @@ ENTRY %main (i: s32[], x: f32[64]) -> f32[64] {
     assert (row.name, row.times, row.bytes) == ("n", 0.5, 256)
 
 
+def test_a_kernel_in_a_fusion_says_itself_what_it_moves():
+    """Of what is around it an operand that it does not read is counted, and not where it updates."""
+    text = """HloModule m, is_scheduled=true
+
+%f (a: f32[4,64], i: s32[], rows: f32[8,64], other: f32[64]) -> (f32[4,64], f32[64], f32[64]) {
+  %a = f32[4,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %rows = f32[8,64]{1,0} parameter(2)
+  %other = f32[64]{0} parameter(3)
+  %read.3 = (f32[64]{0}, f32[64]{0}) custom-call(%rows), custom_call_target="tpu_custom_call"
+  %x = f32[64]{0} get-tuple-element(%read.3), index=0
+  %stats = f32[64]{0} get-tuple-element(%read.3), index=1
+  %row = f32[1,64]{1,0} bitcast(%stats)
+  %z = s32[] constant(0)
+  %kept = f32[4,64]{1,0} dynamic-update-slice(%a, %row, %i, %z)
+  %sum = f32[64]{0} add(%other, %other)
+  ROOT %all = (f32[4,64]{1,0}, f32[64]{0}, f32[64]{0}) tuple(%kept, %x, %sum)
+}
+
+ENTRY %main (a: f32[4,64], i: s32[], rows: f32[8,64], other: f32[64]) -> (f32[4,64], f32[64], f32[64]) {
+  %a = f32[4,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %rows = f32[8,64]{1,0} parameter(2)
+  %other = f32[64]{0} parameter(3)
+  ROOT %read.5 = (f32[4,64]{1,0}, f32[64]{0}, f32[64]{0}) fusion(%a, %i, %rows, %other), kind=kCustom, calls=%f
+}
+"""
+
+    def table(call):  # two of eight rows, and both results
+        assert ([s.dims for s in call.operands], len(call.results)) == ([(8, 64)], 2)
+        return Cost(2 * 256, 2 * 256, 7.0)
+
+    (row,) = cost.rows(hlo.parse(text), {"read": table})
+    assert (row.kind, row.name, row.flops) == ("kernel", "read.5", 7.0)
+    assert row.read == 2 * 256 + 4 + 256  # its rows, the place, the other operand
+    assert row.written == 2 * 256 + 256  # its results, wherever they go, and the sum
+
+
 CONVOLUTIONS = {
     "rows": ((16, 32), (32, 8), (16, 8), "dim_labels=bf_io->bf", 16 * 32 * 8),
     # [8,4096,2304] x [2304,18,128]: the heads are a window full of padding.

@@ -45,7 +45,7 @@ class Segment(NamedTuple):
     block: tuple[int, ...]
     """Number of the block they are of; as many are complete before, the embedding counted."""
     begins: tuple[bool, ...]
-    ends: tuple[bool, ...]
+    """Whether the block begins here."""
 
 
 class Cache(NamedTuple):
@@ -150,7 +150,6 @@ class Chunks:
                     *(first, last, tuple(runs for _, runs, _ in begun)),
                     tuple(sum(o <= min(at, to - 1) for o in schedule.openings) for at, _, to in begun),
                     tuple(runs and at in edges for at, runs, _ in begun),
-                    tuple(runs and at + last - first in edges for at, runs, _ in begun),
                 )
             )
         return tuple(found)
