@@ -116,7 +116,7 @@ ENTRY %main (a: f32[4,64], i: s32[], rows: f32[8,64], other: f32[64]) -> (f32[4,
   %i = s32[] parameter(1)
   %rows = f32[8,64]{1,0} parameter(2)
   %other = f32[64]{0} parameter(3)
-  ROOT %read.5 = (f32[4,64]{1,0}, f32[64]{0}, f32[64]{0}) fusion(%a, %i, %rows, %other), kind=kCustom, calls=%f
+  ROOT %read.5 = (f32[4,64]{1,0}, f32[64]{0}, f32[64]{0}) fusion(%a, %i, %rows, %other), calls=%f
 }
 """
 
