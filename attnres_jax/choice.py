@@ -45,7 +45,7 @@ def choose(
     kernel = implementation or target
     if kernel not in KERNELS:
         return Choice("reference", f"jnp, compiled by XLA: there is no kernel for {target}")
-    problem = unfit or (unproven(placement) if kernel == "gpu" and not implementation else None)
+    problem = unfit or (unproven(placement, dtype) if kernel == "gpu" and not implementation else None)
     if kernel != "triton" and not problem:
         with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh) if placement else nullcontext():
             problem = refusal(kernel)
@@ -58,13 +58,15 @@ def choose(
     return Choice("reference", problem) if problem else Choice(kernel, f"Pallas kernels, on {kernel.upper()}")
 
 
-def unproven(placement: Placement | None) -> str | None:
-    """Why the Mosaic kernels are not to be trusted on these GPUs unless named, or None."""
+def unproven(placement: Placement | None, dtype: Any) -> str | None:
+    """Why the Mosaic kernels do not run on these GPUs unless named, or None: they were run on an H200."""
     device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
-    if float(getattr(device, "compute_capability", "9.0")) < 9:
-        return f"the Mosaic kernels need a Hopper GPU or newer, this is {device.device_kind}; name triton"
+    if not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"the Mosaic kernels are for Hopper GPUs, this is {device.device_kind}; name triton"
     if jax.__version_info__ >= (0, 12):
         return f"the kernels for GPUs were run on one with JAX 0.11.2, not with {jax.__version__}; name gpu"
+    if dtype is not None and dtype != jnp.bfloat16:
+        return f"on GPUs a step was run with kernels in bfloat16, not in {jnp.dtype(dtype)}; name triton"
     return None
 
 

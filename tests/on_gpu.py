@@ -22,7 +22,7 @@ LARGE_MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
     (513, 4096, 3, BF16, True, False, 0, True, False),
 ]
 LARGE_MIX = [  # S, rows of each array, visible of them, tokens, D, given
-    (12, [9], [None], 1024, 2048, True),
+    (17, [9], [None], 1023, 2048, True),
     (12, [9], [7], 520, 7168, True),
     (6, [1, 1, 6], [None, None, 4], 1024, 2304, False),
     (1, [9], [None], 1024, 4096, False),

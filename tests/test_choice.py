@@ -10,9 +10,14 @@ from attnres_jax import choice
 from pallas_kernels.depth_merge import vjp as merge
 from pallas_kernels.depth_mix import vjp as mix
 
-HOPPER, AMPERE = (
+HOPPER, AMPERE, BLACKWELL, AMD = (
     SimpleNamespace(device_kind=kind, compute_capability=version)
-    for kind, version in (("NVIDIA H200", "9.0"), ("NVIDIA A100", "8.0"))
+    for kind, version in (
+        ("NVIDIA H200", "9.0"),
+        ("NVIDIA A100", "8.0"),
+        ("NVIDIA B200", "10.0"),
+        ("AMD MI300X", "gfx942"),
+    )
 )
 
 
@@ -36,7 +41,9 @@ def on(monkeypatch):
         ("tpu", None, (0, 12, 0), "tpu", "Pallas kernels, on TPU"),
         ("gpu", HOPPER, (0, 11, 2), "gpu", "Pallas kernels, on GPU"),
         ("gpu", HOPPER, (0, 12, 0), "reference", "JAX 0.11.2, not with"),
-        ("gpu", AMPERE, (0, 11, 2), "reference", "need a Hopper GPU or newer, this is NVIDIA A100"),
+        ("gpu", AMPERE, (0, 11, 2), "reference", "are for Hopper GPUs, this is NVIDIA A100"),
+        ("gpu", BLACKWELL, (0, 11, 2), "reference", "are for Hopper GPUs, this is NVIDIA B200"),
+        ("gpu", AMD, (0, 11, 2), "reference", "are for Hopper GPUs, this is AMD MI300X"),
     ],
 )
 def test_kernels_run_by_themselves_where_they_were_proven(platform, device, version, runs, reason, on):
@@ -58,6 +65,12 @@ def test_a_shape_that_does_not_fit_is_said_and_a_named_kernel_raises(on):
     with pytest.raises(ValueError, match="implementation 'gpu': sources: D = 1000"):
         choice.choose("gpu", refusal=odd)
     assert choice.choose("triton", refusal=odd).implementation == "triton"
+
+
+def test_only_bf16_runs_by_itself_on_a_gpu(on):
+    on("gpu", HOPPER)
+    assert "not in float32" in choice.choose(None, dtype=jnp.float32).reason
+    assert choice.choose("gpu", dtype=jnp.float32).implementation == "gpu"
 
 
 def test_several_devices_need_a_placement(on, monkeypatch):

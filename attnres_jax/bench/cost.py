@@ -3,7 +3,8 @@
 How bytes are counted: an instruction reads its operands and writes its results, once each. What lies in
 VMEM (`S(1)` in a layout) is free. Of an operand that is only sliced the slice is read; an update in place
 reads and writes the slice. Of a Mosaic kernel a table says the bytes (its grid and BlockSpecs do); without
-an entry its operands and results are counted whole. A loop's body counts as often as it runs; of a
+an entry its operands and results are counted whole. One that the compiler fused with what is around it counts
+the same way, and the rest beside it. A loop's body counts as often as it runs; of a
 conditional the mean of its branches. Tiles' padding, and operands that a matrix product reads more than once
 because they do not fit VMEM, are not counted.
 """

@@ -22,6 +22,8 @@ from attnres_jax.train.metrics import MetricLog
 from attnres_jax.train.state import State
 from attnres_jax.train.step import Programs, Updated, check_finite, programs
 from attnres_jax.train.trace import Trace
+from pallas_kernels.depth_merge import vjp as depth_merge
+from pallas_kernels.depth_mix import vjp as depth_mix
 
 
 def train(config: Config, folder: Path, devices: Sequence[Any] | None = None) -> bool:
@@ -162,12 +164,9 @@ def _announcement(folder, config, state, run):
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     read = residuals.SCHEMES[config.residual].reads
     size = f" of S = {config.block_size}" if "block_size" in read else ""
-    ran, devices = (
-        choice.choose(
-            None, placement(run.mesh), jnp.dtype(run.model.dtype), unfit=run.model.scheme.no_kernel
-        ),
-        run.mesh.devices.ravel(),
-    )
+    model, devices = run.model, run.mesh.devices.ravel()
+    dtype, unfit = jnp.dtype(model.dtype), model.scheme.no_kernel
+    ran = choice.choose(None, placement(run.mesh), dtype, partial(_refusal, model, dtype), unfit)
     axes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
     mesh = f" ({axes}; {jax.process_count()} processes)" if axes else ""
     return (
@@ -176,6 +175,13 @@ def _announcement(folder, config, state, run):
         f"tokens each, on {devices.size} x {devices[0].device_kind}{mesh} with JAX {jax.__version__}; "
         f"depth mixing: {ran.implementation} ({ran.reason})"
     )
+
+
+def _refusal(model, dtype, kernel):
+    """What a kernel has against the reads of the last block."""
+    sizes = model.scheme.schedule(model.sublayers).sizes
+    of_mix = depth_mix.refusal(max(sizes), len(sizes) + 1, model.width, dtype, kernel)
+    return of_mix or depth_merge.refusal(model.width, dtype, kernel)
 
 
 def _say(line):

@@ -22,6 +22,8 @@ class Shape(NamedTuple):
     R: int
     queries: int
 
+    chunk = 128  # columns of one step
+
     @property
     def blocks(self):
         """Blocks of eight tokens."""
@@ -31,11 +33,6 @@ class Shape(NamedTuple):
     def padded(self):
         """Queries rounded up to eights: what a warpgroup of 64 rows holds."""
         return -(-self.queries // 8) * 8
-
-    @property
-    def chunk(self):
-        """Columns of one step."""
-        return 128 if self.D % 128 == 0 else 64
 
     def depth(self, wanted, chunk):
         """Slots of the ring."""
