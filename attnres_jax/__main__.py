@@ -266,10 +266,11 @@ def _inspect_model(config, devices):
 def _inspect_pipeline(config, counts, out):
     stages, virtual_stages, microbatches = counts
     from attnres_jax.analysis import pipeline
+    from attnres_jax.parallel.chunk import apart
     from attnres_jax.parallel.timetable import Chunks, Timetable
 
     scheme, sublayers = configs.model_config(config, 1).scheme, 2 * config.model.blocks
-    if not scheme.append_only:
+    if not apart(scheme):
         raise configs.UserError(
             f"residual {config.residual!r} keeps no completed blocks: all that it keeps travels as one "
             "unit; --pipeline draws the messages of one that does, such as block"

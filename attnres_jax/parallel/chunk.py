@@ -1,13 +1,13 @@
 """One chunk of a pipelined model: the verbs of `through_depth`, on the blocks that a stage keeps.
 
-A *unit* is what a message is counted in: a block [B,T,D] where histories are append-only; else the whole
-history, which goes from chunk to chunk as one (the plain residual's stream; the m streams of mHC).
+A *unit* is what a message is counted in: a block [B,T,D] where completed blocks are kept apart; else the
+whole history, which goes from chunk to chunk as one (the plain residual's stream; the m streams of mHC).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,13 @@ from attnres_jax.residuals.base import PyTree, Scheme
 from attnres_jax.spelling import belonging, by_kind, fold, runs, segments
 
 Layers = Mapping[str, stack.Layer]
+
+
+class Kept(NamedTuple):
+    """A unit of a scheme whose blocks leave another row than their stream."""
+
+    summary: PyTree
+    stream: PyTree
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,14 @@ class Chunked:
         return self.kinds[: self.chunks.segments[-1].last]
 
     @cached_property
+    def apart(self) -> bool:
+        """Whether units are blocks."""
+        return apart(self.scheme)
+
+    @cached_property
     def cache(self) -> Cache:
         """How a stage keeps units; one row where the history is one unit."""
-        if self.scheme.append_only:
+        if self.apart:
             return self.chunks.cache
         zeros = (0,) * (self.chunks.count + 1)
         where: dict[str, Any] = {"first": zeros, "early": zeros, "fresh": zeros[:-1]}
@@ -61,19 +73,20 @@ class Chunked:
     @property
     def parted(self) -> bool:
         """Whether some chunk changes a row that it is given: the running sum of a block, or the history."""
-        return not self.scheme.append_only or self.chunks.begun != self.chunks.complete
+        return not self.apart or self.chunks.begun != self.chunks.complete
 
     @property
     def open(self) -> tuple[int, ...]:
         """The row that a chunk may find begun, C numbers."""
-        return (
-            tuple(n + 1 for n in self.chunks.complete[:-1]) if self.scheme.append_only else self.cache.fresh
-        )
+        return tuple(n + 1 for n in self.chunks.complete[:-1]) if self.apart else self.cache.fresh
 
     def first(self, x: Float[Array, "B T D"]) -> PyTree:
         """The unit that stands in row 0 before the first chunk that a stage runs."""
         history = self.scheme.start(x)
-        return history[0].array[0] if self.scheme.append_only else history
+        if self.scheme.append_only or not self.apart:
+            return history[0].array[0] if self.apart else history
+        mix = self.scheme.init(1, x.shape[-1]).sublayers
+        return Kept(x, self.scheme.begin(self.scheme.open(mix, history)[1]))
 
     def run(
         self, layers: Layers, mix: dict[str, Array], params: Any, rows: PyTree, c: Int[Array, ""]
@@ -91,15 +104,16 @@ class Chunked:
         own = mix, {kind: (leaves, None) for kind, leaves in params.items()}
         total = jnp.float32(0)
         for segment in self.chunks.segments:
-            run = partial(self._appending if self.scheme.append_only else self._whole, layers, segment)
+            run = self._appending if self.scheme.append_only else self._closing if self.apart else self._whole
+            run = partial(run, layers, segment)
             rows, penalty = run(own, rows, c)
             total = total + penalty
         return rows, total
 
     def finish(self, mix: dict[str, Array], rows: PyTree) -> Float[Array, "B T D"]:
         """The output read, of the rows after the last chunk."""
-        whole = (Rows(rows, self.chunks.begun[-1] + 1),)
-        history = whole if self.scheme.append_only else pick(rows, 0)
+        seen = self.chunks.begun[-1] + 1
+        history = (Rows(_summaries(rows), seen),) if self.apart else pick(rows, 0)
         read: Any = self.scheme.finish(mix, history)
         return read.mixture
 
@@ -133,30 +147,67 @@ class Chunked:
             rows = put(rows, select(running, pick(rows, block), found), block)
         return rows, self._penalty(running, kinds, jax.tree.map(lambda a: a[0], ys))
 
+    def _closing(self, layers, segment, own, rows, c):
+        """The same where a block leaves another row than its stream: both are kept, as `Kept`."""
+        block, begins, running = (at(v, c) for v in (segment.block, segment.begins, segment.runs))
+        found = pick(rows, block)
+
+        def begun(stream):
+            return stream if begins is True else select(begins, stream, found.stream)
+
+        def run(own, rows):
+            history = (Rows(rows.summary, block),)
+            history, stream, ys = self._through(layers, segment, own, history, begins, begun)
+            return Kept(self.scheme.close(history, stream)[-1].array[0], stream), ys
+
+        new, ys = jax.checkpoint(run, policy=self._kept)(own, rows)
+        return put(rows, select(running, new, found), block), self._penalty(
+            running, self.longest[segment.first : segment.last], ys
+        )
+
     def _whole(self, layers, segment, own, rows, c):
         """A segment of a history that is one unit, which it makes anew."""
-        policy = jax.checkpoint_policies
-        policy = policy.save_from_both_policies(policy.save_only_these_names("stream"), self.policy)
+
+        def run(own, rows):
+            history, stream, ys = self._through(layers, segment, own, pick(rows, 0), True, lambda s: s)
+            return self.scheme.close(history, stream), ys
+
+        (new, ys), running = jax.checkpoint(run, policy=self._kept)(own, rows), at(segment.runs, c)
+        return select(running, put(rows, new, 0), rows), self._penalty(
+            running, self.longest[segment.first : segment.last], ys
+        )
+
+    def _through(self, layers, segment, own, history, begins, begun):
+        """History, stream and outputs after the sublayers of a segment, as `stack.sublayers` runs them."""
         scheme, kinds = self.scheme, self.longest[segment.first : segment.last]
+        mix, shares = belonging(self.longest, segment.first, kinds, own)
         steps = {
             k: jax.checkpoint(stack.sublayer(scheme, layers[k]), policy=self.policy, prevent_cse=False)
             for k in set(kinds)
         }
+        slots, history = scheme.open(mix, history, begins)
+        return stack.sublayers(steps, kinds, history, begun(scheme.begin(history)), (slots, shares))
 
-        def run(own, rows):
-            mix, shares = belonging(self.longest, segment.first, kinds, own)
-            slots, history = scheme.open(mix, pick(rows, 0))
-            stream = scheme.begin(history)
-            history, stream, ys = stack.sublayers(steps, kinds, history, stream, (slots, shares))
-            return scheme.close(history, stream), ys
-
-        (new, ys), running = jax.checkpoint(run, policy=policy)(own, rows), at(segment.runs, c)
-        return select(running, put(rows, new, 0), rows), self._penalty(running, kinds, ys)
+    @property
+    def _kept(self):
+        """What a segment keeps: the stream before each sublayer, and what the policy says."""
+        policies = jax.checkpoint_policies
+        return policies.save_from_both_policies(policies.save_only_these_names("stream"), self.policy)
 
     def _penalty(self, running, kinds, ys):
         if self.penalty is None:
             return jnp.float32(0)
         return jnp.where(running, self.penalty(by_kind(kinds, ys)), 0)
+
+
+def apart(scheme: Scheme) -> bool:
+    """Whether the history is rows, one for each completed block."""
+    history = jax.eval_shape(scheme.start, jax.ShapeDtypeStruct((1, 1, 1), jnp.float32))
+    return type(history) is tuple and all(isinstance(rows, Rows) for rows in history)
+
+
+def _summaries(rows):
+    return rows.summary if isinstance(rows, Kept) else rows
 
 
 def at(values: tuple, c: Any) -> Any:

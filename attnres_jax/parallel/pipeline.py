@@ -377,7 +377,7 @@ class _Run:
 
     def _embeds(self, now):
         """Whether row 0 is the embedding: on every stage, or where the history is one unit, at chunk 0."""
-        return now.v == 0 if self.chunked.scheme.append_only else now.c == 0
+        return now.v == 0 if self.chunked.apart else now.c == 0
 
     def _embedded(self, micro):
         return self.chunked.first(self.model.embed(self.parts.table, micro))

@@ -151,16 +151,11 @@ def _specs(model, mesh):
 
 def check(config: Config, model: ModelConfig) -> None:
     """Raise `ConfigError` where the vocabulary is not whole chunks on each stage, or a stage would need what
-    is not sent to it."""
+    is not sent to it: the first attention's values."""
     if model.value_residual:
         raise configs.ConfigError(
             f"model.value_residual = {model.value_residual} must be 0 in a pipeline, which does not send the "
             "first attention's values to other stages; or set mesh.stage to 1"
-        )
-    if not model.scheme.append_only and len(model.scheme.schedule(model.sublayers).sizes) > 1:
-        raise configs.ConfigError(
-            f"residual {config.residual!r} keeps more in a block than one sum, which a pipeline does not "
-            "send: set mesh.stage to 1"
         )
     stages, chunks = config.mesh.stage, config.train.vocab_chunks
     if model.vocab % (stages * chunks):
