@@ -23,10 +23,10 @@ LARGE_MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
 ]
 LARGE_MIX = [  # S, rows of each array, visible of them, tokens, D, given
     (17, [9], [None], 1023, 2048, True),
-    (12, [9], [7], 520, 7168, True),
-    (6, [1, 1, 6], [None, None, 4], 1024, 2304, False),
-    (1, [9], [None], 1024, 4096, False),
-    (16, [16], [None], 264, 1024, True),
+    (12, [9], [7], 513, 7168, True),
+    (6, [1, 1, 6], [None, None, 4], 1023, 2304, False),
+    (1, [9], [None], 1023, 4096, False),
+    (16, [16], [None], 259, 1024, True),
 ]
 TRITON_ONLY = [(3, [4], [3], 63, 1000, True), (2, [2], [None], 8191, 960, False)]
 

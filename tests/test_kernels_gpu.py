@@ -178,7 +178,7 @@ def seen(arrays, counts):
 def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit, roundings=1, **options):
     """Values and gradients of S queries; counts are traced, hidden rows are NaN."""
     draw = np.random.default_rng(1).standard_normal
-    w = jnp.asarray(draw((S, D)) * 2 * D**-0.5, jnp.float32)  # scores of size 2
+    w = jnp.asarray(draw((S, D)) * 0.1, jnp.float32)
     sources = tuple(jnp.asarray(draw((r, tokens, D)), dtype) for r in lengths)
     sources = tuple(v if n is None else v.at[n:].set(jnp.nan) for v, n in zip(sources, counts, strict=True))
     so_far = tuple(jnp.asarray(draw(v.shape), dtype) for v in sources)
@@ -209,12 +209,12 @@ def check_mix(backend, S, lengths, counts, tokens, D, dtype, given, jit=jax.jit,
 
 MIX = [  # S, rows of each array, visible of them, tokens, D, given
     pytest.param(3, [1, 4], [None, 2], 5, 256, True, id="two arrays, counted"),
-    pytest.param(1, [3], [None], 16, 256, False, id="single read", marks=pytest.mark.slow),
+    pytest.param(1, [3], [None], 9, 256, False, id="single read", marks=pytest.mark.slow),
     pytest.param(1, [1, 4], [None, 2], 11, 256, True, id="single read, counted"),
     pytest.param(3, [4], [1], 3, 256, False, id="one visible row", marks=pytest.mark.slow),
-    pytest.param(12, [3, 7], [None, None], 24, 256, True, id="more than eight rows", marks=pytest.mark.slow),
+    pytest.param(12, [3, 7], [None, None], 17, 256, True, id="more than eight rows", marks=pytest.mark.slow),
     pytest.param(17, [2], [None], 3, 256, True, id="more than 16 queries", marks=pytest.mark.slow),
-    pytest.param(2, [2, 7], [None, 6], 32, 512, True, id="rings turn", marks=pytest.mark.slow),
+    pytest.param(2, [2, 7], [None, 6], 25, 512, True, id="rings turn", marks=pytest.mark.slow),
 ]
 
 

@@ -148,9 +148,8 @@ def make(name: str, work: Work, sets: Sequence[Inputs], repeats: int) -> Ready:
     if not torch.cuda.is_available():
         raise Unsupported("PyTorch finds no NVIDIA GPU")
     if os.environ.get("TRITON_CACHE_DIR") == "":
-        del os.environ[
-            "TRITON_CACHE_DIR"
-        ]  # jax-triton 0.3 empties it, and Triton then has no place for a cache
+        # jax-triton 0.3 empties it, and Triton then has no place for a cache.
+        del os.environ["TRITON_CACHE_DIR"]
     return ready(torch, build(torch), work, sets, repeats)
 
 
