@@ -237,6 +237,11 @@ def slice_rows(tree: PyTree, first: Any, count: int) -> PyTree:
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, count), tree)
 
 
-def put_rows(tree: PyTree, rows: PyTree, first: Any) -> PyTree:
-    """`rows` in place of as many rows of every leaf."""
-    return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, first, 0), tree, rows)
+def put_rows(tree: PyTree, rows: PyTree, *first: Any) -> PyTree:
+    """`rows` in place of as many of every leaf, from `first` on: a row, or a slot and a row in it."""
+
+    def write(a, b):
+        b = b.reshape(*[1] * (len(first) - 1), *b.shape)
+        return lax.dynamic_update_slice(a, b, (*first, *[0] * (a.ndim - len(first))))
+
+    return jax.tree.map(write, tree, rows)

@@ -1,10 +1,13 @@
-"""Executes the timetable: one SPMD program, manual over the mesh axis `stage`, the other axes automatic.
+"""Executes the timetable: one SPMD program, manual over `stage` and the batch's axes, `tensor` automatic.
 
 All stages keep step. In a tick each runs one chunk forward and one backward (`timetable.py` says which), by
 an explicit vjp; a chunk is recomputed from its stage's cache of blocks. Block summaries go around the ring of
 stages in windows: what a receiver lacks, of which the part that is complete leaves before the chunk runs.
 Their cotangents come back in the same windows, summed on the way: a block's uses on a stage are added up
 there until the chunk that received it runs backward.
+
+Over `data` and `fsdp` each device has rows of its own: parameters are gathered before the first tick, and
+gradients, which it sums by itself, are added up after the last.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from attnres_jax.axes import compute_dtype
 from attnres_jax.parallel.chunk import Chunked, Layers, at, pick, put, put_rows, select, slice_rows
-from attnres_jax.parallel.mesh import STAGE
+from attnres_jax.parallel.mesh import BATCH, STAGE
 from attnres_jax.parallel.timetable import Timetable
 from attnres_jax.residuals.base import PyTree
 from attnres_jax.stack import placed
@@ -43,16 +47,20 @@ class Parts(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a pipeline runs beside its chunks. `micro` is one microbatch of the batch, any pytree."""
+    """What a pipeline runs beside its chunks. `micro` is one microbatch of the batch, any pytree: of what has
+    a batch axis, this device's rows."""
 
     embed: Callable[[Array, PyTree], Float[Array, "B T D"]]
     """`embed(table, micro)`: rows of the table, [B,T,D]."""
     embedded: Callable[[Array, Array, PyTree], Array]
     """`embedded(total, d_x, micro)`: `total` and the gradient of the table that `d_x` makes."""
+    rounded: Callable[[Parts], Parts]
+    """The parameters as they are computed with, which is how they are gathered; gradients are in at least
+    fp32."""
     layers: Callable[[PyTree], Layers]
     """Kind -> `stack.Layer` of a microbatch; its params and inputs are not used."""
     head: Callable[[PyTree, Array, Array, PyTree], PyTree]
-    """`head(last, unembedding [D, V / P], h, micro)`: sums over the microbatch, on all stages the same.
+    """`head(last, unembedding [D, V / P], h, micro)`: sums over these rows, on all stages the same.
 
     It runs on all of them, each with its own columns: collectives over `stage` are its to call. What it sums
     over stages has the same cotangent on all of them: `summed`. For training, (objective, what is
@@ -78,8 +86,9 @@ summed.defvjp(lambda x: (summed(x), None), lambda _, d: (d,))
 class Pipeline:
     """`chunked` sublayers and `model` on `mesh`, by `table`.
 
-    `spec` says where B and T of activations lie on the other axes, `specs` where the layers' leaves do
-    (kind -> `PartitionSpec`s, that of the first axis left out), `columns` where the table does.
+    `spec` says where a device's own B and T of activations lie on the automatic axes, `specs` where the
+    layers' leaves do (kind -> `PartitionSpec`s, that of the first axis left out), `columns` where the table
+    of embeddings does.
     """
 
     chunked: Chunked
@@ -91,7 +100,8 @@ class Pipeline:
     columns: P
 
     def loss(self, parts: Parts, batch: PyTree) -> tuple[Array, Any]:
-        """(objective, reported), sums over the microbatches of `batch` [M, ...].
+        """(objective, reported), sums over the microbatches of `batch`, [M, B, ...] or [M] for what all rows
+        of a microbatch share.
 
         The objective may be differentiated by `parts`, once and in reverse mode: the gradient is computed
         together with it. What is reported has none.
@@ -122,9 +132,11 @@ class Pipeline:
     def _mapped(self, program, parts, batch, gradients):
         """The program of every stage. The head is cut over stages by a new last axis, so that a vocabulary
         that is cut over `tensor` stays so on each of them."""
+        parts = self.model.rounded(parts)
         w = parts.unembedding
         parts = parts._replace(unembedding=w.reshape(len(w), -1, self.table.stages))
         spec = Parts(P(), jax.tree.map(lambda _: P(STAGE), parts.layers), P(), P(), P(None, None, STAGE))
+        rows = jax.tree.map(lambda a: P(None, BATCH) if a.ndim > 1 else P(), batch)
 
         def run(parts, batch):
             return program(_Run(self, parts, batch))
@@ -132,9 +144,9 @@ class Pipeline:
         found = jax.shard_map(
             run,
             mesh=self.mesh,
-            in_specs=(spec, P()),
+            in_specs=(spec, rows),
             out_specs=(P(), spec) if gradients else P(),
-            axis_names={STAGE},
+            axis_names={STAGE, *BATCH},
             check_vma=False,
         )(parts, batch)
         if not gradients:
@@ -196,14 +208,17 @@ class _Run:
         state = self._placed(self._ticks(state, ahead + both, ahead + both + behind, False, True))
         d = state.gradient
         layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
-        d = d._replace(layers=layers, unembedding=d.unembedding[..., None])
+        d = lax.psum(d._replace(layers=layers, unembedding=d.unembedding[..., None]), BATCH)
         of_all = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last")}
-        return (state.total, lax.psum(state.penalty, STAGE)), d._replace(**of_all)
+        return self._found(state), d._replace(**of_all)
 
     def evaluate(self) -> Any:
         state = self._start(min(self.M, self.P), False)
         state = self._ticks(state, 0, self.table.units + self.P - 1, True, False, self._headed)
-        return state.total, lax.psum(state.penalty, STAGE)
+        return self._found(state)
+
+    def _found(self, state):
+        return lax.psum(state.total, BATCH), lax.psum(state.penalty, (STAGE, *BATCH))
 
     def _ticks(self, state, first, last, forward, backward, after=None):
         def tick(state, t):
@@ -239,17 +254,16 @@ class _Run:
 
     def _forward(self, state, t):
         cache, now = self.cache, self._unit(self.table.forward, t, self.stage)
-        slot = now.m % self._slots(state)
-        rows = pick(state.cache, slot)
+        slot = jnp.where(now.live, now.m % self._slots(state), self._slots(state))
+        kept, micro = state.cache, self._micro(now.m)
         if cache.conveyor:
-            rows = put_rows(rows, state.early, at(cache.early, now.c))
-        rows = put_rows(rows, state.fresh, at(cache.fresh, jnp.maximum(now.c - 1, 0)))
-        micro = self._micro(now.m)
-        rows = put(rows, select(self._embeds(now), self._embedded(micro), pick(rows, 0)), 0)
-        early = state.early
+            kept = put_rows(kept, state.early, slot, at(cache.early, now.c))
+        kept = put_rows(kept, state.fresh, slot, at(cache.fresh, jnp.maximum(now.c - 1, 0)))
+        first = select(self._embeds(now), self._embedded(micro), pick(pick(kept, slot), 0))
+        kept = put_rows(kept, jax.tree.map(lambda a: a[None], first), slot, 0)
+        rows, early = pick(kept, slot), state.early
         if cache.conveyor:
             early = self._sent(slice_rows(rows, at(cache.early, now.c + 1), cache.conveyor), 1)
-        slot = jnp.where(now.live, slot, self._slots(state))
         found = pick(rows, at(self.chunked.open, now.c))
         given = state.given  # nothing, where no chunk changes what it found
         if jax.tree.leaves(given):
@@ -258,7 +272,7 @@ class _Run:
         rows, penalty = self._chunk(now, micro)(*params, rows)
         made = slice_rows(rows, at(cache.fresh, now.c), cache.written)
         return state._replace(
-            cache=put(state.cache, rows, slot),
+            cache=put_rows(kept, made, slot, at(cache.fresh, now.c)),
             given=given,
             early=early,
             fresh=self._sent(made, 1),
@@ -397,13 +411,15 @@ class _Run:
         return jax.tree.map(lambda a: lax.ppermute(a, STAGE, ring), rows)
 
     def _placed(self, state):
-        """What is carried lies on the other mesh axes as activations and parameters do."""
+        """What is carried lies on the automatic mesh axes as activations and parameters do."""
         around = jax.sharding.get_abstract_mesh()
 
         def rows(tree):
             def place(a):
                 spec = P(*[None] * (a.ndim - 3), *self.pipeline.spec)
-                return lax.with_sharding_constraint(a, NamedSharding(around, spec))
+                a = lax.with_sharding_constraint(a, NamedSharding(around, spec))
+                # XLA may carry another layout than all take, and copy whole caches in every tick.
+                return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
             return jax.tree.map(place, tree)
 

@@ -21,10 +21,15 @@ from attnres_jax.parallel import mesh as meshes
 from attnres_jax.parallel import sharding
 from attnres_jax.parallel.chunk import Chunked
 from attnres_jax.parallel.layout import Layout
+from attnres_jax.parallel.mesh import BATCH
 from attnres_jax.parallel.pipeline import Model, Parts, Pipeline
 from attnres_jax.parallel.timetable import Chunks, Timetable
+from attnres_jax.placement import Placement
 from attnres_jax.train import state
 from attnres_jax.train.loss import document_end, documents, objective, over_stages
+
+COLUMNS = P(None, "tensor")
+"""Where the table of embeddings [V,D] lies on a device of a stage."""
 
 
 def layout(config: Config, model: ModelConfig, stages: int) -> Layout:
@@ -40,9 +45,10 @@ class Pipelined:
         self, config: Config, model: ModelConfig, mesh: Mesh, end: int | None, implementation: str | None
     ):
         self.config, self.model, self.end = config, model, document_end(config, end)
-        self.place: Any = meshes.placement(mesh)
+        self.place = Placement(mesh, P(None, "tensor"))  # of the rows that a device has
         self.attend = transformer.attending(model, implementation, self.place)
         self.stages = mesh.shape[meshes.STAGE]
+        self.specs = _specs(model, mesh)
         layers = layout(config, model, self.stages)
         self.staged, self.unstaged = layers.staged, layers.unstaged
         scheme = replace(model.scheme, implementation=implementation, placement=self.place)
@@ -53,8 +59,8 @@ class Pipelined:
             table=table,
             mesh=mesh,
             spec=self.place.spec,
-            specs=_specs(model, mesh),
-            columns=P(None, "fsdp"),
+            specs=self.specs,
+            columns=COLUMNS,
         )
         self.abstract = transformer.abstract(model)
 
@@ -97,21 +103,30 @@ class Pipelined:
         return Model(
             embed=self._embed,
             embedded=self._embedded,
+            rounded=self._rounded,
             layers=self._layers,
             head=head,
         )
 
     # XLA's partitioner, where some axes are manual, takes no lookup whose table and ids are cut over the same
-    # axis: the table's columns are cut over `fsdp`, and ids over `data` at most.
+    # axis.
     def _embed(self, table, micro):
-        table, tokens = _cut(table, None, "fsdp"), _cut(_inputs(micro), "data")
-        return self.place.leave(_cut(table[tokens], "data", None, "fsdp").astype(self.model.dtype))
+        table, tokens = _cut(table, COLUMNS), _cut(_inputs(micro), P())
+        return self.place.leave(_cut(table[tokens], P(None, *COLUMNS)).astype(self.model.dtype))
 
     def _embedded(self, total, d_x, micro):
-        total, tokens = _cut(total, None, "fsdp"), _cut(_inputs(micro))
-        d_x = _cut(self.place.leave(d_x), None, None, "fsdp")  # gathered before it is made wider
-        d_x = _cut(d_x.astype(total.dtype), None, None, "fsdp")
-        return _cut(total.at[tokens].add(d_x), None, "fsdp")
+        total, tokens = _cut(total, COLUMNS), _cut(_inputs(micro), P())
+        d_x = _cut(self.place.leave(d_x), P(None, *COLUMNS))  # cut so before it is made wider
+        return _cut(total.at[tokens].add(d_x.astype(total.dtype)), COLUMNS)
+
+    def _rounded(self, parts):
+        """Matrices in the dtype of activations; vectors, which have no place of their own, as they are."""
+
+        def cast(a, spec=COLUMNS):
+            return a.astype(self.model.dtype) if len(spec) else a
+
+        layers = jax.tree.map(cast, parts.layers, self.specs)
+        return parts._replace(table=cast(parts.table), layers=layers, unembedding=cast(parts.unembedding))
 
     def _layers(self, micro):
         inputs = _inputs(micro)
@@ -133,8 +148,8 @@ class Pipelined:
         return meshes.microbatches(batch, self.config.train.accumulation)
 
 
-def _cut(a, *axes):
-    return lax.with_sharding_constraint(a, NamedSharding(jax.sharding.get_abstract_mesh(), P(*axes)))
+def _cut(a, spec):
+    return lax.with_sharding_constraint(a, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
 
 
 def _inputs(micro):
@@ -142,10 +157,12 @@ def _inputs(micro):
 
 
 def _specs(model, mesh):
-    """Where the leaves of stacked layers lie on the other axes than `stage`."""
-    places = sharding.shardings(
-        state.shapes(model), parameters(model), mesh, lambda p: P(*sharding.spec(p)[1:])
-    )
+    """Where the leaves of stacked layers lie on the axes that are automatic."""
+
+    def automatic(p):
+        return P(*(None if axis in BATCH else axis for axis in sharding.spec(p)[1:]))
+
+    places = sharding.shardings(state.shapes(model), parameters(model), mesh, automatic)
     return jax.tree.map(lambda place: place.spec, places["layers"])
 
 
