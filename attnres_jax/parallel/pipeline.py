@@ -84,8 +84,8 @@ class Pipeline:
     """`chunked` sublayers and `model` on `mesh`, by `table`.
 
     `spec` says where B and T of activations lie on the other axes, `specs` where the layers' leaves do
-    (kind -> `PartitionSpec`s, that of the first axis left out), `columns` where the table does, `shared` where
-    `Parts.shared` do.
+    (kind -> `PartitionSpec`s, that of the first axis left out), `columns` where the table does, and `shared`
+    where `Parts.shared` do.
     """
 
     chunked: Chunked
@@ -300,12 +300,14 @@ class _Run:
         d_first = select(embeds, first, nothing(first))
         d = put(d, select(self._embeds(now), nothing(first), first), 0)
         (d_x,) = jax.vjp(self.chunked.first, x)[1](d_first)
+        sums, live = state.gradient, partial(self._live, now)
+        if self.parts.shared:
+            d_x = d_x + live(d_beside, d_x)
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
         window = at(cache.first, now.c)
         back, d = taken(d, window, cache.window)
-        sums, live = state.gradient, partial(self._live, now)
         gradient = sums._replace(
-            table=self.model.embedded(sums.table, d_x + live(d_beside, d_x), micro),
+            table=self.model.embedded(sums.table, d_x, micro),
             layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), sums.layers, d_layers),
             mix=sums.mix._replace(
                 sublayers=jax.tree.map(lambda a, g: a + live(g, a), sums.mix.sublayers, d_mix)
