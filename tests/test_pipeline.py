@@ -113,6 +113,7 @@ CELLS = {
     "first values": ((2, 2, 4, 4), FIRST_VALUES),
     "first values, plain": ((2, 2, 4, 4), FIRST_VALUES | {"residual": "plain"}),
     "first values, mhc": ((2, 2, 4, 4), FIRST_VALUES | {"residual": "mhc"}),
+    "first values, siamese": ((2, 2, 4, 4), FIRST_VALUES | {"residual": "siamese"}),
 }
 
 
