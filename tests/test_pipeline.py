@@ -95,7 +95,7 @@ def off(gradient, wanted):
     return max(np.abs(gradient[k] - wanted[k]).max() / max(largest[k], least) for k in wanted)
 
 
-FAST = {"uneven", "first values, plain"}
+FAST = {"uneven"}
 FIRST_VALUES = {"model__value_residual": 0.5}
 CELLS = {
     "N_p 1": ((2, 2, 4, 4), {}),
