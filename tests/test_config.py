@@ -1,7 +1,6 @@
 """Configs: what is legal runs, what is not ends in one line that names the key and a way out."""
 
 import json
-from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from attnres_jax import configs
 from attnres_jax.configs import base
 from attnres_jax.models.transformer import Transformer
 from attnres_jax.train import step
-from attnres_jax.train.pipelined import check
 
 DRAWS = 200
 PIPELINE = ("--config.train.accumulation=16", "--config.mesh.stage=2")
@@ -294,12 +292,3 @@ def test_a_run_older_than_the_keys_of_other_schemes():
     del old["block_size"]
     with pytest.raises(configs.ConfigError, match="block_size"):
         configs.from_flat(configs.of_run(old))
-
-
-def test_what_a_pipeline_does_not_send():
-    """Refused; the same without it is not."""
-    flat = configs.to_flat(configs.load("quick:block")) | {"mesh.stage": 2, "train.accumulation": 4}
-    for more in ({"model.value_residual": 0.5}, {}):
-        config = configs.from_flat(flat | more)
-        with pytest.raises(configs.ConfigError, match=r"mesh\.stage to 1") if more else nullcontext():
-            check(config, configs.model_config(config, 256))

@@ -96,6 +96,7 @@ def off(gradient, wanted):
 
 
 FAST = {"uneven"}
+FIRST_VALUES = {"model__value_residual": 0.5}
 CELLS = {
     "N_p 1": ((2, 2, 4, 4), {}),
     "N_p 2": ((2, 1, 4, 4), {}),
@@ -109,6 +110,10 @@ CELLS = {
     "uneven, short last block": ((4, 1, 8, 7), {"block_size": 4}),
     "full": ((2, 2, 4, 4), {"residual": "full"}),
     "plain": ((4, 1, 8, 6), {"residual": "plain"}),
+    "first values": ((2, 2, 4, 4), FIRST_VALUES),
+    "first values, plain": ((2, 2, 4, 4), FIRST_VALUES | {"residual": "plain"}),
+    "first values, mhc": ((2, 2, 4, 4), FIRST_VALUES | {"residual": "mhc"}),
+    "first values, siamese": ((2, 2, 4, 4), FIRST_VALUES | {"residual": "siamese"}),
 }
 
 
@@ -143,6 +148,7 @@ def test_every_scheme(name):
         ({"fsdp": 2, "tensor": 2}, {"block_size": 4}),
         ({"fsdp": 2, "tensor": 2}, {"residual": "plain"}),
         ({"data": 2, "fsdp": 2}, {"residual": "mhc"}),
+        ({"fsdp": 2, "tensor": 2}, FIRST_VALUES),
     ],
 )
 def test_with_other_mesh_axes(mesh, keys):
@@ -182,9 +188,10 @@ def test_bf16_is_no_worse_than_without_a_pipeline():
     assert np.mean([*errors[0].values()]) < 1.1 * np.mean([*errors[1].values()])
 
 
-def test_evaluation():
+@pytest.mark.parametrize("keys", [{}, FIRST_VALUES | {"residual": "plain"}])
+def test_evaluation(keys):
     """Cross-entropy by position, of a forward pipeline."""
-    case = made(config_of((2, 1, 4, 4)))
+    case = made(config_of((2, 1, 4, 4), **keys))
     mask = np.random.default_rng(0).random((len(case.tokens), LENGTH)) < 0.7
     found, wanted = (
         jax.jit(way.nats)

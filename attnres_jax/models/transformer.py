@@ -19,6 +19,7 @@ from attnres_jax.nnx import DepthMix
 from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
 from attnres_jax.residuals import Scheme
+from attnres_jax.residuals.base import Mix
 from attnres_jax.stack import DepthOutput, Layer, start, through_depth
 
 KINDS = {"a": Attention, "m": SwiGLU}
@@ -143,7 +144,9 @@ class Transformer(nnx.Module):
             positions = counting(tokens)
         attend, x = attending(self.config, implementation, placement), self.embed(tokens)
         if self.config.value_residual:
-            attend = with_first_values(attend, self._first_values(x, placement), self.config.value_residual)
+            first = first_attention(nnx.to_pure_dict(nnx.state(self.layers)))
+            first = first_values(self.config, self.layers["a"], first, self.mix.mix, x, placement)
+            attend = with_first_values(attend, first, self.config.value_residual)
         kept = {k: None if keep is None else keep[_places(self.config.kinds, k)] for k in KINDS}
         depth = through_depth(
             *(self.config.scheme, self.mix.mix, self.config.kinds),
@@ -156,14 +159,6 @@ class Transformer(nnx.Module):
         )
         h = self.norm(depth.h)
         return Hidden(placement.enter(h) if placement else h, depth)
-
-    def _first_values(self, x, placement):
-        """[B,T,G,K]: what the first attention makes of its read, asked for ahead of the loop over depth."""
-        graph, params = nnx.split(self.layers["a"])
-        first = nnx.merge(graph, jax.tree.map(lambda a: a[0], params))
-        norm = RMSNorm(first.norm.scale[...], first.norm.epsilon)
-        read = start(self.config.scheme.literal(), self.mix.mix, self.config.sublayers, x).read(norm)
-        return first.value(placement.enter(read.x) if placement else read.x)
 
     @property
     def unembedding(self) -> Float[Array, "D V"]:
@@ -180,6 +175,30 @@ def attending(config: ModelConfig, implementation: str | None, placement: Placem
     """Attention over time as the config, or the literal reference, has it."""
     attention = "xla" if implementation == "reference" else config.attention
     return partial(attention_over_time, implementation=attention, placement=placement)
+
+
+def first_attention(layers: dict[str, Any]) -> dict[str, Any]:
+    """What makes the first attention's values, of all layers (kind -> leaves [n, ...]): row 0, whether they
+    are in order of depth or of stages."""
+    return {name: jax.tree.map(lambda a: a[0], layers["a"][name]) for name in ("norm", "value")}
+
+
+def first_values(
+    config: ModelConfig,
+    stack: Any,
+    first: dict[str, Any],
+    mix: Mix,
+    x: Float[Array, "B T D"],
+    placement: Placement | None,
+) -> Float[Array, "B T G K"]:
+    """v_1 of value residual learning, ahead of the loop over depth: of the read of the embedding `x`.
+
+    `stack` is the module of all attentions, which may be abstract; `first` is `first_attention`'s.
+    """
+    norm, value = (nnx.merge(nnx.graphdef(getattr(stack, name)), first[name]) for name in ("norm", "value"))
+    depth = start(config.scheme.literal(), mix, config.sublayers, x)
+    read = depth.read(RMSNorm(norm.scale[...], norm.epsilon))
+    return value(placement.enter(read.x) if placement else read.x)
 
 
 def logits(h: Float[Array, "B T D"], w: Float[Array, "D V"]) -> Float[Array, "B T V"]:

@@ -27,7 +27,7 @@ from attnres_jax.axes import compute_dtype
 from attnres_jax.parallel.chunk import Chunked, Layers, at, pick, put, put_rows, select, slice_rows
 from attnres_jax.parallel.mesh import BATCH, STAGE
 from attnres_jax.parallel.timetable import Timetable
-from attnres_jax.residuals.base import PyTree
+from attnres_jax.residuals.base import Mix, PyTree
 from attnres_jax.stack import placed
 
 
@@ -44,6 +44,8 @@ class Parts(NamedTuple):
     """Of the final norm."""
     unembedding: Any
     """The head [D,V]: stage p computes the logits p, P + p, 2 P + p, ..."""
+    shared: PyTree = ()
+    """What the layers of every chunk take, beside their own."""
 
 
 class Model(NamedTuple):
@@ -57,8 +59,11 @@ class Model(NamedTuple):
     rounded: Callable[[Parts], Parts]
     """The parameters as they are computed with, which is how they are gathered; gradients are in at least
     fp32."""
-    layers: Callable[[PyTree], Layers]
-    """Kind -> `stack.Layer` of a microbatch; its params and inputs are not used."""
+    layers: Callable[[PyTree, PyTree, Mix, Array], Layers]
+    """`layers(micro, shared, mix, x)`: kind -> `stack.Layer`; its params and inputs are not used.
+
+    Of `Parts.shared`, the whole `mix` and the embedding x [B,T,D] it may make what no other stage sends, such
+    as the first attention's values: each chunk makes it again, and gradients come back through it."""
     head: Callable[[PyTree, Array, Array, PyTree], PyTree]
     """`head(last, unembedding [D, V / P], h, micro)`: sums over these rows, on all stages the same.
 
@@ -88,7 +93,7 @@ class Pipeline:
 
     `spec` says where a device's own B and T of activations lie on the automatic axes, `specs` where the
     layers' leaves do (kind -> `PartitionSpec`s, that of the first axis left out), `columns` where the table
-    of embeddings does.
+    of embeddings does, and `shared` where `Parts.shared` do.
     """
 
     chunked: Chunked
@@ -98,6 +103,7 @@ class Pipeline:
     spec: P
     specs: Mapping[str, PyTree]
     columns: P
+    shared: PyTree = ()
 
     def loss(self, parts: Parts, batch: PyTree) -> tuple[Array, Any]:
         """(objective, reported), sums over the microbatches of `batch`, [M, B, ...] or [M] for what all rows
@@ -135,7 +141,7 @@ class Pipeline:
         parts = self.model.rounded(parts)
         w = parts.unembedding
         parts = parts._replace(unembedding=w.reshape(len(w), -1, self.table.stages))
-        spec = Parts(P(), jax.tree.map(lambda _: P(STAGE), parts.layers), P(), P(), P(None, None, STAGE))
+        spec = Parts(P(), jax.tree.map(lambda _: P(STAGE), parts.layers), P(), P(), P(None, None, STAGE), P())
         rows = jax.tree.map(lambda a: P(None, BATCH) if a.ndim > 1 else P(), batch)
 
         def run(parts, batch):
@@ -209,7 +215,7 @@ class _Run:
         d = state.gradient
         layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
         d = lax.psum(d._replace(layers=layers, unembedding=d.unembedding[..., None]), BATCH)
-        of_all = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last")}
+        of_all = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last", "shared")}
         return self._found(state), d._replace(**of_all)
 
     def evaluate(self) -> Any:
@@ -259,7 +265,8 @@ class _Run:
         if cache.conveyor:
             kept = put_rows(kept, state.early, slot, at(cache.early, now.c))
         kept = put_rows(kept, state.fresh, slot, at(cache.fresh, jnp.maximum(now.c - 1, 0)))
-        first = select(self._embeds(now), self._embedded(micro), pick(pick(kept, slot), 0))
+        x = self.model.embed(self.parts.table, micro)
+        first = select(self._embeds(now), self.chunked.first(x), pick(pick(kept, slot), 0))
         kept = put_rows(kept, jax.tree.map(lambda a: a[None], first), slot, 0)
         rows, early = pick(kept, slot), state.early
         if cache.conveyor:
@@ -268,8 +275,8 @@ class _Run:
         given = state.given  # nothing, where no chunk changes what it found
         if jax.tree.leaves(given):
             given = jax.tree.map(lambda a, b: a.at[slot, now.v].set(b), given, found)
-        params = pick(self.parts.layers, now.v), self.parts.mix.sublayers
-        rows, penalty = self._chunk(now, micro)(*params, rows)
+        params = pick(self.parts.layers, now.v), self.parts.mix.sublayers, self.parts.shared
+        rows, penalty = self._chunk(now, micro)(*params, x, rows)
         made = slice_rows(rows, at(cache.fresh, now.c), cache.written)
         return state._replace(
             cache=put_rows(kept, made, slot, at(cache.fresh, now.c)),
@@ -295,27 +302,30 @@ class _Run:
         if self.chunked.parted:
             given = jax.tree.map(lambda a: a[slot, now.v], state.given)
             rows = put(rows, given, at(self.chunked.open, now.c))
-        (_, penalty), pull = jax.vjp(
-            self._chunk(now, micro), pick(self.parts.layers, now.v), self.parts.mix.sublayers, rows
-        )
+        params = pick(self.parts.layers, now.v), self.parts.mix.sublayers, self.parts.shared
+        x = self.model.embed(self.parts.table, micro)
+        (_, penalty), pull = jax.vjp(self._chunk(now, micro), *params, x, rows)
         # Of what this chunk returned, from all its uses; what it did not write passes through, added to.
-        d_layers, d_mix, d = pull((d, jnp.ones_like(penalty)))
-        # The embedding's: this stage looked it up itself.
+        d_layers, d_mix, d_shared, d_beside, d = pull((d, jnp.ones_like(penalty)))
+        # The embedding's: this stage looked it up itself, for row 0 and for what layers make of it.
         embeds = self._embeds(now) & now.live
         first = pick(d, 0)
         d_first = select(embeds, first, nothing(first))
         d = put(d, select(self._embeds(now), nothing(first), first), 0)
-        (d_x,) = jax.vjp(self.chunked.first, self.model.embed(self.parts.table, micro))[1](d_first)
+        (d_x,) = jax.vjp(self.chunked.first, x)[1](d_first)
+        sums, live = state.gradient, partial(self._live, now)
+        if self.parts.shared:
+            d_x = d_x + live(d_beside, d_x)
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
         window = at(cache.first, now.c)
         back, d = taken(d, window, cache.window)
-        sums, live = state.gradient, partial(self._live, now)
         gradient = sums._replace(
             table=self.model.embedded(sums.table, d_x, micro),
             layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), sums.layers, d_layers),
             mix=sums.mix._replace(
                 sublayers=jax.tree.map(lambda a, g: a + live(g, a), sums.mix.sublayers, d_mix)
             ),
+            shared=jax.tree.map(lambda a, g: a + live(g, a), sums.shared, d_shared),
         )
         place = jnp.where(now.live, place, self.P)
         return state._replace(
@@ -385,9 +395,14 @@ class _Run:
         return _Unit(live, v, m, v * self.P + stage)
 
     def _chunk(self, now, micro):
-        layers, place = self.model.layers(micro), self.chunked.scheme.placement
-        layers = {kind: placed(layer, place) if place else layer for kind, layer in layers.items()}
-        return lambda params, mix, rows: self.chunked.run(layers, mix, params, rows, now.c)
+        place = self.chunked.scheme.placement
+
+        def run(params, mix, shared, x, rows):
+            layers = self.model.layers(micro, shared, self.parts.mix._replace(sublayers=mix), x)
+            layers = {kind: placed(layer, place) if place else layer for kind, layer in layers.items()}
+            return self.chunked.run(layers, mix, params, rows, now.c)
+
+        return run
 
     def _embeds(self, now):
         """Whether row 0 is the embedding: on every stage, or where the history is one unit, at chunk 0."""
@@ -423,13 +438,15 @@ class _Run:
 
             return jax.tree.map(place, tree)
 
-        def leaf(a, spec):
-            return lax.with_sharding_constraint(a, NamedSharding(around, P(None, None, *spec)))
+        def leaf(a, spec, lead=()):
+            return lax.with_sharding_constraint(a, NamedSharding(around, P(*lead, *spec)))
 
         gradient = state.gradient
         if gradient:
-            layers = jax.tree.map(leaf, gradient.layers, dict(self.pipeline.specs))
-            table = lax.with_sharding_constraint(gradient.table, NamedSharding(around, self.pipeline.columns))
-            gradient = gradient._replace(layers=layers, table=table)
+            own = partial(leaf, lead=(None, None))
+            layers = jax.tree.map(own, gradient.layers, dict(self.pipeline.specs))
+            table, shared = leaf(gradient.table, self.pipeline.columns), gradient.shared
+            shared = jax.tree.map(leaf, shared, self.pipeline.shared)
+            gradient = gradient._replace(layers=layers, table=table, shared=shared)
         kept = {name: rows(getattr(state, name)) for name in ("cache", "given", "early", "fresh")}
         return state._replace(gradient=gradient, d_cache=rows(state.d_cache), back=rows(state.back), **kept)

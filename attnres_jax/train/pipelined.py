@@ -16,6 +16,7 @@ from attnres_jax import configs
 from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
 from attnres_jax.models import transformer
+from attnres_jax.models.attention import with_first_values
 from attnres_jax.models.transformer import REMAT, ModelConfig
 from attnres_jax.parallel import mesh as meshes
 from attnres_jax.parallel import sharding
@@ -52,6 +53,7 @@ class Pipelined:
         layers = layout(config, model, self.stages)
         self.staged, self.unstaged = layers.staged, layers.unstaged
         scheme = replace(model.scheme, implementation=implementation, placement=self.place)
+        self.shares = model.value_residual > 0
         table = Timetable(self.stages, config.train.virtual_stages, config.train.accumulation)
         self.pipeline = partial(
             Pipeline,
@@ -61,6 +63,7 @@ class Pipelined:
             spec=self.place.spec,
             specs=self.specs,
             columns=COLUMNS,
+            shared={name: self.specs["a"][name] for name in ("norm", "value")} if self.shares else (),
         )
         self.abstract = transformer.abstract(model)
 
@@ -97,7 +100,8 @@ class Pipelined:
     def _parts(self, params):
         whole = state.merge(self.model, params)
         layers, last = (nnx.to_pure_dict(nnx.state(module)) for module in (whole.layers, whole.norm))
-        return Parts(whole.embed.embedding[...], layers, whole.mix.mix, last, whole.unembedding)
+        shared = transformer.first_attention(layers) if self.shares else ()
+        return Parts(whole.embed.embedding[...], layers, whole.mix.mix, last, whole.unembedding, shared)
 
     def _model(self, head):
         return Model(
@@ -128,12 +132,17 @@ class Pipelined:
         layers = jax.tree.map(cast, parts.layers, self.specs)
         return parts._replace(table=cast(parts.table), layers=layers, unembedding=cast(parts.unembedding))
 
-    def _layers(self, micro):
-        inputs = _inputs(micro)
+    def _layers(self, micro, shared, mix, x):
+        inputs, attend = _inputs(micro), self.attend
+        if shared:
+            first = transformer.first_values(
+                self.model, self.abstract.layers["a"], shared, mix, x, self.place
+            )
+            attend = with_first_values(attend, first, self.model.value_residual)
         seen = (None, transformer.counting(inputs)) if self.end is None else documents(inputs, self.end)
         segments, positions = seen
         return {
-            kind: transformer.layer(stack, positions, segments, self.attend)
+            kind: transformer.layer(stack, positions, segments, attend)
             for kind, stack in self.abstract.layers.items()
         }
 
@@ -167,13 +176,7 @@ def _specs(model, mesh):
 
 
 def check(config: Config, model: ModelConfig) -> None:
-    """Raise `ConfigError` where the vocabulary is not whole chunks on each stage, or a stage would need what
-    is not sent to it: the first attention's values."""
-    if model.value_residual:
-        raise configs.ConfigError(
-            f"model.value_residual = {model.value_residual} must be 0 in a pipeline, which does not send the "
-            "first attention's values to other stages; or set mesh.stage to 1"
-        )
+    """Raise `ConfigError` where the vocabulary is not whole chunks on each stage."""
     stages, chunks = config.mesh.stage, config.train.vocab_chunks
     if model.vocab % (stages * chunks):
         legal = [n for n in meshes.divisors(model.vocab) if n <= model.blocks]
