@@ -35,7 +35,8 @@ class Kept(NamedTuple):
 class Chunked:
     """A model's sublayers `kinds`, whose period is `chunks.together` long, cut into chunks of `scheme`.
 
-    `penalty` is what a sublayer's auxiliary output adds to the objective: of kind -> stacked outputs.
+    `penalty` is what a sublayer's auxiliary output, of a device's own rows of a microbatch, adds to the
+    objective: of kind -> stacked outputs.
     """
 
     scheme: Scheme
