@@ -247,8 +247,11 @@ def _take_bwd(j, cotangents):
 take.defvjp(lambda tree, j: (take(tree, j), j), _take_bwd)
 
 
-def taking(key: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` as `Block` takes it: its second input is a place in `whole[key]`, from where it has its own."""
+def taking(key: Any, step: Callable[..., Any], policy: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` as `Block` takes it: its second input is a place in `whole[key]`, from where it has its own.
+
+    Kept for the backward pass is what `policy` says, and never the row that was taken: it lies in `whole`.
+    """
 
     def run(shared, carry, inputs, row):
         (opened, whole), (first, place) = shared, inputs
@@ -256,7 +259,13 @@ def taking(key: Any, step: Callable[..., Any]) -> Callable[..., Any]:
         opened, carry, y = step(opened, carry, (first, own), row)
         return (opened, whole | {key: rest}), carry, y
 
-    return run
+    def kept(primitive, *avals, **params):
+        # A policy sees of a custom_vjp only what it calls.
+        called = params.get("call_jaxpr")
+        taken = called is not None and called.jaxpr.debug_info.func_name == "take"
+        return not taken and policy(primitive, *avals, **params)
+
+    return jax.checkpoint(run, policy=kept, prevent_cse=False)
 
 
 def _tangents(tree):

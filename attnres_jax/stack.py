@@ -171,7 +171,7 @@ def sublayer(scheme, layer):
 
 def _repeat(scheme, steps, blocks, reps, policy, own, history):
     """`reps` times the same blocks over an append-only history: one body, one array of rows."""
-    steps = {k: jax.checkpoint(taking(k, s), policy=policy, prevent_cse=False) for k, s in steps.items()}
+    steps = {k: taking(k, s, policy) for k, s in steps.items()}
     mix, shares = own
     places = {k: jnp.arange("".join(blocks).count(k) * reps) for k in shares}
 

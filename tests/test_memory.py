@@ -98,6 +98,16 @@ def test_what_sublayers_keep_costs_no_more(shape, policy):
     assert extra == plain(kinds, policy) - plain(kinds)
 
 
+def test_parameters_are_not_kept_again():
+    """Whatever may be kept: a sublayer's matrices [D,D] lie in the stack they were taken from."""
+    scheme, kinds, (B, T) = toys.make("block", 4), "am" * 8, TOKENS
+    toy = toys.cast(toys.toy(scheme, kinds, B=B, T=T, D=WIDTH), "float32")
+    policy = POLICIES.everything_saveable
+    found = saved_residuals(lambda toy: toys.run(scheme, kinds, toy, policy=policy).h, toy)
+    matrices = [aval.shape for aval, _ in found if aval.shape[-2:] == (WIDTH, WIDTH)]
+    assert matrices == [(8, WIDTH, WIDTH)] * sum(len(toys.MATRICES[kind]) for kind in "am")
+
+
 @pytest.mark.parametrize("name", ["plain", "block"])
 def test_the_counter_can_see_more(name):
     """When everything may be kept, several arrays a sublayer are; in reference mode too."""

@@ -136,7 +136,7 @@ class Chunked:
             one = stack.sublayer(scheme, layers[kind])
             # The first running sum of a block begun elsewhere is from `start`, not from where sums are kept.
             alone = one if begins is True else lambda history, stream, own, row: one(history, stream, own)
-            return jax.checkpoint(taking(kind, alone), policy=self.policy, prevent_cse=False)
+            return taking(kind, alone, self.policy)
 
         steps = {k: step(k) for k in set(kinds)}
         parts = tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds))
