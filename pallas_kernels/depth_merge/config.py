@@ -10,19 +10,21 @@ from pallas_kernels.tpu import LANES, chip, mxu
 
 TILES = (512, 256, 128)
 ELEMENTS = 1024 * 1024
-"""Of an array in a grid step, unless 128 tokens have more: a step costs about 400 cycles, however narrow."""
-BODY = 128 * 1024
-"""Elements that the backward pass works on in one body of a loop over columns."""
+"""Of an array in a grid step, unless 128 tokens have more: a step costs 250 to 450 cycles, however narrow."""
+COLUMNS = 512
+"""That a loop's body of the backward pass works on, of all tokens of a step; at most half a row."""
 ARRAYS = {"forward": 6, "backward": 7}
 """[tokens, D] that are copied in or out, options included."""
 
 
 class Config(NamedTuple):
-    """Tokens of a grid step, columns of a loop's body, tokens of a square, TensorCores, bytes of VMEM."""
+    """Tokens of a grid step, columns of a loop's body, tokens of a square, whether rows are kept in fp32,
+    TensorCores, and bytes of VMEM to ask for."""
 
     tile: int
     columns: int
     square: int
+    unpacked: bool
     cores: int
     vmem: int
 
@@ -35,8 +37,10 @@ def tpu_config(direction: str, D: int, dtype: DTypeLike, tokens: int) -> Config:
     fits = (t for t in TILES if t * D <= ELEMENTS and _vmem_bytes(direction, D, dtype, t) <= limit)
     tile = next((t for t in fits if tokens % (t * cores) == 0), LANES)
     steps = tokens // tile
-    columns = TUNED.get((direction, D), BODY // tile)
-    return Config(tile, columns, min(LANES, mxu() // 2), cores if steps % cores == 0 else 1, limit)
+    columns = min(TUNED.get((direction, D), COLUMNS), max(LANES, D // 2 // LANES * LANES))
+    room = _vmem_bytes(direction, D, dtype, tile) + 3 * 4 * tile * D <= limit
+    unpacked, square = room and jnp.dtype(dtype) == jnp.bfloat16, min(LANES, mxu() // 2)
+    return Config(tile, columns, square, unpacked, cores if steps % cores == 0 else 1, limit)
 
 
 def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
@@ -47,7 +51,7 @@ def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
 
 
 def _vmem_bytes(direction, D, dtype, tile):
-    scratch = 4 * tile * (LANES if direction == "forward" else 8 * LANES + 3 * D)
+    scratch = 4 * tile * LANES * (1 if direction == "forward" else 8)
     return 2 * ARRAYS[direction] * tile * D * jnp.dtype(dtype).itemsize + scratch + 128 * D + (1 << 20)
 
 

@@ -1,7 +1,8 @@
-"""Phase 2 on TPU (Mosaic): one read of a block. Tokens lie on sublanes, the width on lanes, all on the VPU.
+"""Phase 2 on TPU (Mosaic): one read of a block. Tokens lie on sublanes, the width on lanes.
 
-A row of D is in VMEM once and walked twice: for sums, of all tokens of a grid step, and to write. Statistics
-of a token are stored `[8, tokens]` and turned into columns once per grid step.
+A row of D is in VMEM once and walked twice: for sums over it, and to write. Forward, the MXU takes three of
+the four sums of bf16, of some tokens beside the writing of those before. Backward, the first walk leaves
+fp32 for the second, which goes over columns. Statistics of a token are `[8, tokens]`. README.md derives it.
 """
 
 import functools
@@ -33,8 +34,9 @@ class Sizes(NamedTuple):
     tokens: int
     D: int
     tile: int
-    square: int
     columns: int
+    square: int
+    unpacked: bool
     cores: int
     steps: int
     eps: float
@@ -51,9 +53,8 @@ def forward(
     args = {"p": (streams, _stream(size, y is None)), "y": (y, row), "o": (mixtures, _row_of_j(size))}
     args |= {
         "lse": (lse[..., 0], _stat(size, size.S)),
-        "w": (_packed(w, streams.dtype), _whole(size, 16 if streams.dtype == jnp.bfloat16 else 1)),
+        **_vectors(w=_pieces(w[None], streams.dtype, 16), scale=scale),
     }
-    args |= {"scale": (None if scale is None else scale[None], _whole(size))}
     outs = {"x": (like, row), "mixture": (like if keep_mixture else None, row), "p_new": (y, row)}
     outs |= {"stats": (jax.ShapeDtypeStruct((STATS, size.tokens), jnp.float32), _stat(size, STATS))}
     args, outs = _given(args), _given(outs)
@@ -76,16 +77,12 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     mixtures, streams, d_x, d_mixture, d_stream = _padded(mixtures, streams, d_x, d_mixture, d_stream)
     d_mixtures, d_lse = _padded(d_mixtures, d_lse[..., None])
     size, vmem = _sizes("backward", mixtures, eps, norm_eps)
-    row, d_p, per_core = (
-        _row(size),
-        _row(size, hide=True),
-        pl.BlockSpec((None, 8, size.D), lambda c, i, n: (c, 0, 0)),
-    )
+    row, d_p = _row(size), _row(size, hide=True)
+    per_core = pl.BlockSpec((None, 8, size.D), lambda c, i, n: (c, 0, 0))
     args = {"d_p": (d_stream, d_p), "d_os": (d_mixtures, pl.BlockSpec(memory_space=pl.ANY))}
     args |= {"d_lses": (d_lse[..., 0], _stat(size, size.S)), "p": (streams, _stream(size, True))}
     args |= {"o": (mixtures, _row_of_j(size)), "d_x": (d_x, row), "d_mixture": (d_mixture, row)}
-    args |= {"stats": (stats, _stat(size, STATS)), "w": (w[None], _whole(size))}
-    args |= {"scale": (None if scale is None else scale[None], _whole(size))}
+    args |= {"stats": (stats, _stat(size, STATS)), **_vectors(w=w, scale=scale)}
     sums = jax.ShapeDtypeStruct((size.cores, 8, size.D), jnp.float32)
     outs = {"d_p": (d_stream, d_p), "d_o": (d_mixtures, _row_of_j(size))}
     outs |= {"d_lse": (d_lse[..., 0], _stat(size, size.S)), "d_w": (sums, per_core)}
@@ -93,7 +90,7 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     args, outs = _given(args), _given(outs)
     out = pl.pallas_call(
         functools.partial(_backward_kernel, size, tuple(args), tuple(outs)),
-        grid_spec=_grid(size, args, outs, [(STATS, size.tile, LANES), (3, size.tile, size.D)]),
+        grid_spec=_grid(size, args, outs, _scratch(size)),
         out_shape=[output(a.shape, a.dtype, streams) for a, _ in outs.values()],
         input_output_aliases={1: 0, 2: 1, 3: 2},
         compiler_params=params(vmem),
@@ -105,7 +102,7 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
 
 
 def _forward_kernel(size, names_in, names_out, scalars, *refs):
-    at = _named((*names_in, *names_out), refs)
+    at = dict(zip((*names_in, *names_out), refs, strict=False))
     normed, columns = "scale" in at, refs[-1]
     at["sum"] = at["p_new"] if "y" in at else at["p"]
     lse = at["lse"][pl.ds(scalars[0], 1), :]
@@ -156,8 +153,8 @@ def _forward_kernel(size, names_in, names_out, scalars, *refs):
 
 def _backward_kernel(size, names_in, names_out, scalars, *refs):
     names_out = tuple("out_" + n if n == "d_p" else n for n in names_out)
-    at = _named((*names_in, *names_out), refs)
-    normed, kept, (spread, wide) = "scale" in at, "d_mixture" in at, refs[-2:]
+    at = dict(zip((*names_in, *names_out), refs, strict=False))
+    normed, kept, (spread, *wide) = "scale" in at, "d_mixture" in at, refs[len(at) :]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -165,25 +162,25 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
             if name in at:
                 at[name][...] = jnp.zeros_like(at[name])
 
-    def add_up(c, carry):
-        rows = pl.ds(pl.multiple_of(c * ROWS, ROWS), ROWS)
+    def add_up(rows):
         load = functools.partial(_load, at, rows)
         totals = [0.0] * (4 if kept else 2)
         for cols in _tiles(size.D):
             d_x, p, o = load("d_x", cols), load("p", cols), load("o", cols)
-            for k, x in enumerate((d_x, p, o)):
-                wide[k, rows, cols] = x
+            for k, x in enumerate((d_x, p, o) if wide else ()):
+                wide[0][k, rows, cols] = x
             pull = d_x * at["scale"][:, cols] if normed else d_x
             d_h = load("d_mixture", cols) if kept else None
             terms = [pull * p, pull * o, *((d_h * p, d_h * o) if kept else ())]
             totals = [a + _narrow(x) for a, x in zip(totals, terms, strict=True)]
-        for k, total in enumerate(totals):
-            spread[k, rows, :] = total
-        return carry
+        return totals
 
-    lax.fori_loop(0, size.tile // ROWS, add_up, 0)
+    found = []
+    for group in _parts(pl.ds(0, size.tile), LANES):
+        sums = zip(*(add_up(rows) for rows in _parts(group)), strict=True)
+        found.append([_over_width(jnp.concatenate(parts, 0)) for parts in sums])
+    along_p, along_o, *rest = (jnp.concatenate(rows, 1) for rows in zip(*found, strict=True))
     score, rstd, share, norm, skew = (at["stats"][k : k + 1, :] for k in range(5))
-    along_p, along_o, *rest = (_over_width(spread[k]) for k in range(4 if kept else 2))
     other, along, mean = 1.0 - share, along_p - along_o, jnp.zeros_like(share)
     if normed:
         mean = norm * (other * along_o + share * along_p) / size.D
@@ -202,10 +199,12 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
         at["d_w"][:, cols] += _dot(left, at["p"][:, cols], NN)
         d_scale = 0.0
         for rows in _parts(pl.ds(0, size.tile), 16):
+            load = functools.partial(_load, at, rows)
             of_o, of_p, mean, c_w, c_p, *plain = (
                 _repeated(spread[k, rows, :], cols.size) for k in range(len(coefficients))
             )
-            d_x, p, o = (wide[k, rows, cols] for k in range(3))
+            row = wide[0][:, rows, cols] if wide else [load(name, cols) for name in ("d_x", "p", "o")]
+            d_x, p, o = (row[k] for k in range(3))
             d_h = d_x
             if normed:
                 u = o * of_o + p * of_p
@@ -213,10 +212,10 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
                 d_h = d_x * at["scale"][:, cols] - u * mean
             d_o, d_p = d_h * of_o, d_h * of_p + at["w"][:, cols] * c_w - p * c_p
             if kept:
-                d_h = _load(at, rows, "d_mixture", cols)
+                d_h = load("d_mixture", cols)
                 d_o, d_p = d_o + d_h * plain[0], d_p + d_h * plain[1]
             at["d_o"][rows, cols] = d_o.astype(at["d_o"].dtype)
-            at["out_d_p"][rows, cols] = (_load(at, rows, "d_p", cols) + d_p).astype(at["out_d_p"].dtype)
+            at["out_d_p"][rows, cols] = (load("d_p", cols) + d_p).astype(at["out_d_p"].dtype)
         if normed:
             at["d_scale"][:, cols] += d_scale
 
@@ -239,7 +238,7 @@ def _products(size, at, rows, normed):
         p, o = at["sum"][part, :], at["o"][part, :]
         out = _dot(jnp.concatenate([p, at["w"][...]], 0), jnp.concatenate([p, o], 0) if normed else p, NT)
         square = [out[:G, first : first + G] for first in range(0, out.shape[1], G)]
-        on = lax.broadcasted_iota(jnp.int32, (G, G), 0) == lax.broadcasted_iota(jnp.int32, (G, G), 1)
+        on = functools.reduce(jnp.equal, (lax.broadcasted_iota(jnp.int32, (G, G), k) for k in range(2)))
         square, *across = (jnp.sum(jnp.where(on, x, 0.0), 0, keepdims=True) for x in square)
         found.append([square, jnp.sum(out[G : G + 8, :G], 0, keepdims=True), *across])
     return [jnp.concatenate(sums, 1) for sums in zip(*found, strict=True)]
@@ -250,7 +249,7 @@ def _sums(size, at, rows, pairs):
     totals = [0.0] * len(pairs)
     for cols in _tiles(size.D) if pairs else ():
         for k, (a, b) in enumerate(pairs):
-            b = at["w"][:, cols] if b == "w" else _load(at, rows, b, cols)
+            b = at["w"][:1, cols] if b == "w" else _load(at, rows, b, cols)
             totals[k] = totals[k] + _narrow(_load(at, rows, a, cols) * b)
     return [_over_width(total) for total in totals]
 
@@ -259,12 +258,8 @@ def _spread(out, rows):
     """Each of `rows` [1, tokens] to [tokens, 128], the same on all lanes: a product with ones, exact."""
     pieces = [_stacked(*part) for part in zip(*(_thirds(row) for row in rows), strict=True)]
     left = _as_columns(jnp.concatenate(pieces, 0)).astype(jnp.bfloat16)
-    shape = LANES, len(rows) * LANES
-    right = (
-        lax.broadcasted_iota(jnp.int32, shape, 0) % STATS
-        == lax.broadcasted_iota(jnp.int32, shape, 1) // LANES
-    )
-    product = _dot(left, right.astype(jnp.float32).astype(jnp.bfloat16), NN)
+    row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, len(rows) * LANES), k) for k in range(2))
+    product = _dot(left, jnp.where(row % STATS == lane // LANES, 1.0, 0.0).astype(jnp.bfloat16), NN)
     for k in range(len(rows)):
         out[k] = product[:, k * LANES : (k + 1) * LANES]
 
@@ -285,10 +280,10 @@ def _thirds(x):
     return *parts, x
 
 
-def _pieces(x, dtype):
-    """[1, n] as rows of `dtype` that add up to it, 8 with zeros."""
-    rows = _thirds(x) if dtype == jnp.bfloat16 else (x,)
-    return _stacked(*rows).astype(dtype)
+def _pieces(x, dtype, rows=8):
+    """[1, n] as `rows` of `dtype` that add up to it, most of them zeros."""
+    parts = _thirds(x) if dtype == jnp.bfloat16 else (x,)
+    return jnp.concatenate([*parts, *[jnp.zeros_like(x)] * (rows - len(parts))], 0).astype(dtype)
 
 
 def _load(at, rows, name, cols):
@@ -339,18 +334,14 @@ def _as_columns(x):
     return jnp.concatenate([x, jnp.zeros((LANES - len(x), x.shape[1]), x.dtype)], 0).T
 
 
-def _named(names, refs):
-    return dict(zip(names, refs, strict=False))
-
-
 def _given(table):
     return {name: entry for name, entry in table.items() if entry[0] is not None}
 
 
 def _sizes(direction, mixtures, eps, norm_eps):
     S, tokens, D = mixtures.shape
-    tile, columns, square, cores, vmem = tpu_config(direction, D, mixtures.dtype, tokens)
-    return Sizes(S, tokens, D, tile, square, columns, cores, tokens // tile // cores, eps, norm_eps), vmem
+    *config, cores, vmem = tpu_config(direction, D, mixtures.dtype, tokens)
+    return Sizes(S, tokens, D, *config, cores, tokens // config[0] // cores, eps, norm_eps), vmem
 
 
 def _padded(*arrays):
@@ -361,15 +352,13 @@ def _padded(*arrays):
     return [None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, short), (0, 0)]) for a in arrays]
 
 
-def _packed(w, dtype):
-    """w as the left side of a product with bf16, or as it is."""
-    if dtype != jnp.bfloat16:
-        return w[None]
-    return jnp.pad(jnp.stack(_thirds(w)), [(0, 13), (0, 0)]).astype(dtype)
-
-
 def _scalars(*numbers):
     return jnp.stack([jnp.asarray(n, jnp.int32) for n in numbers])
+
+
+def _scratch(size):
+    """Backward: coefficients of a token on all lanes, and three rows of it in fp32 if there is room."""
+    return [(STATS, size.tile, LANES), *([(3, size.tile, size.D)] if size.unpacked else [])]
 
 
 def _grid(size, args, outs, scratch):
@@ -406,5 +395,8 @@ def _stat(size, rows):
     return pl.BlockSpec((rows, size.tile), lambda c, i, scalars: (0, c * size.steps + i))
 
 
-def _whole(size, rows=1):
-    return pl.BlockSpec((rows, size.D), lambda c, i, scalars: (0, 0))
+def _vectors(**arrays):
+    """[D] or [n, D], of which every step takes all."""
+    rows = {name: x[None] if x is not None and x.ndim == 1 else x for name, x in arrays.items()}
+    shapes = {name: None if x is None else x.shape for name, x in rows.items()}
+    return {name: (x, pl.BlockSpec(shapes[name], lambda c, i, n: (0, 0))) for name, x in rows.items()}
