@@ -6,22 +6,25 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.depth_merge.tuned import TUNED
-from pallas_kernels.tpu import LANES, chip
+from pallas_kernels.tpu import LANES, chip, mxu
 
 TILES = (512, 256, 128)
-ELEMENTS = 512 * 1024
-"""Of an array in a grid step, unless 128 tokens have more: a step costs about 400 cycles, however narrow."""
-CHUNK = {"forward": 128, "backward": 32}
-"""Tokens worked on at once: fewer spill less and take longer (libtpu 0.0.50.1, v5p and v6e)."""
+ELEMENTS = 1024 * 1024
+"""Of an array in a grid step, unless 128 tokens have more: a step costs 250 to 450 cycles, however narrow."""
+COLUMNS = 512
+"""That a loop's body of the backward pass works on, of all tokens of a step; at most half a row."""
 ARRAYS = {"forward": 6, "backward": 7}
 """[tokens, D] that are copied in or out, options included."""
 
 
 class Config(NamedTuple):
-    """Tokens of a grid step, tokens worked on at once, TensorCores, and bytes of VMEM to ask for."""
+    """Tokens of a grid step, columns of a loop's body, tokens of a square, whether rows are kept in fp32,
+    TensorCores, and bytes of VMEM to ask for."""
 
     tile: int
-    chunk: int
+    columns: int
+    square: int
+    unpacked: bool
     cores: int
     vmem: int
 
@@ -34,9 +37,10 @@ def tpu_config(direction: str, D: int, dtype: DTypeLike, tokens: int) -> Config:
     fits = (t for t in TILES if t * D <= ELEMENTS and _vmem_bytes(direction, D, dtype, t) <= limit)
     tile = next((t for t in fits if tokens % (t * cores) == 0), LANES)
     steps = tokens // tile
-    return Config(
-        tile, TUNED.get((direction, D), CHUNK[direction]), cores if steps % cores == 0 else 1, limit
-    )
+    columns = min(TUNED.get((direction, D), COLUMNS), max(LANES, D // 2 // LANES * LANES))
+    room = _vmem_bytes(direction, D, dtype, tile) + 3 * 4 * tile * D <= limit
+    unpacked, square = room and jnp.dtype(dtype) == jnp.bfloat16, min(LANES, mxu() // 2)
+    return Config(tile, columns, square, unpacked, cores if steps % cores == 0 else 1, limit)
 
 
 def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
@@ -47,8 +51,8 @@ def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
 
 
 def _vmem_bytes(direction, D, dtype, tile):
-    sums = 5 * 4 * tile * LANES
-    return 2 * ARRAYS[direction] * tile * D * jnp.dtype(dtype).itemsize + sums + 128 * D + (1 << 20)
+    scratch = 4 * tile * LANES * (1 if direction == "forward" else 8)
+    return 2 * ARRAYS[direction] * tile * D * jnp.dtype(dtype).itemsize + scratch + 128 * D + (1 << 20)
 
 
 def _too_wide(D, need, limit):

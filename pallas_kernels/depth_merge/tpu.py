@@ -1,7 +1,8 @@
-"""Phase 2 on TPU (Mosaic): one read of a block. Tokens lie on sublanes, the width on lanes, all on the VPU.
+"""Phase 2 on TPU (Mosaic): one read of a block. Tokens lie on sublanes, the width on lanes.
 
-A row of D is in VMEM once and walked twice: for sums, of all tokens of a grid step, and to write. Statistics
-of a token are stored `[8, tokens]` and turned into columns once per grid step.
+A row of D is in VMEM once and walked twice: for sums over it, and to write. Forward, the MXU takes three of
+the four sums of bf16, of some tokens beside the writing of those before. Backward, the first walk leaves
+fp32 for the second, which goes over columns. Statistics of a token are `[8, tokens]`. README.md derives it.
 """
 
 import functools
@@ -17,6 +18,10 @@ from pallas_kernels.depth_merge.config import tpu_config
 from pallas_kernels.depth_merge.vjp import Forward
 from pallas_kernels.tpu import LANES, output, params
 
+NN, NT = ((1,), (0,)), ((1,), (1,))
+"""Contracted dimensions of `a b` and `a b^T`."""
+ROWS = 32
+"""Tokens that are worked on at once."""
 STATS = 8
 """Rows of statistics: score and rstd of the running sum, its share, rstd of the mixture, and how far the
 normed mixture points from `o` to `p`."""
@@ -29,7 +34,9 @@ class Sizes(NamedTuple):
     tokens: int
     D: int
     tile: int
-    chunk: int
+    columns: int
+    square: int
+    unpacked: bool
     cores: int
     steps: int
     eps: float
@@ -44,14 +51,16 @@ def forward(
     size, vmem = _sizes("forward", mixtures, eps, norm_eps)
     row, like = _row(size), jax.ShapeDtypeStruct(streams.shape[1:], streams.dtype)
     args = {"p": (streams, _stream(size, y is None)), "y": (y, row), "o": (mixtures, _row_of_j(size))}
-    args |= {"lse": (lse[..., 0], _stat(size, size.S)), "w": (w[None], _whole(size))}
-    args |= {"scale": (None if scale is None else scale[None], _whole(size))}
+    args |= {
+        "lse": (lse[..., 0], _stat(size, size.S)),
+        **_vectors(w=_pieces(w[None], streams.dtype, 16), scale=scale),
+    }
     outs = {"x": (like, row), "mixture": (like if keep_mixture else None, row), "p_new": (y, row)}
     outs |= {"stats": (jax.ShapeDtypeStruct((STATS, size.tokens), jnp.float32), _stat(size, STATS))}
     args, outs = _given(args), _given(outs)
     out = pl.pallas_call(
         functools.partial(_forward_kernel, size, tuple(args), tuple(outs)),
-        grid_spec=_grid(size, args, outs),
+        grid_spec=_grid(size, args, outs, [(size.tile, LANES)]),
         out_shape=[output(a.shape, a.dtype, streams) for a, _ in outs.values()],
         input_output_aliases={2: list(outs).index("p_new")} if y is not None else {},
         compiler_params=params(vmem),
@@ -68,16 +77,12 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     mixtures, streams, d_x, d_mixture, d_stream = _padded(mixtures, streams, d_x, d_mixture, d_stream)
     d_mixtures, d_lse = _padded(d_mixtures, d_lse[..., None])
     size, vmem = _sizes("backward", mixtures, eps, norm_eps)
-    row, d_p, per_core = (
-        _row(size),
-        _row(size, hide=True),
-        pl.BlockSpec((None, 8, size.D), lambda c, i, n: (c, 0, 0)),
-    )
+    row, d_p = _row(size), _row(size, hide=True)
+    per_core = pl.BlockSpec((None, 8, size.D), lambda c, i, n: (c, 0, 0))
     args = {"d_p": (d_stream, d_p), "d_os": (d_mixtures, pl.BlockSpec(memory_space=pl.ANY))}
     args |= {"d_lses": (d_lse[..., 0], _stat(size, size.S)), "p": (streams, _stream(size, True))}
     args |= {"o": (mixtures, _row_of_j(size)), "d_x": (d_x, row), "d_mixture": (d_mixture, row)}
-    args |= {"stats": (stats, _stat(size, STATS)), "w": (w[None], _whole(size))}
-    args |= {"scale": (None if scale is None else scale[None], _whole(size))}
+    args |= {"stats": (stats, _stat(size, STATS)), **_vectors(w=w, scale=scale)}
     sums = jax.ShapeDtypeStruct((size.cores, 8, size.D), jnp.float32)
     outs = {"d_p": (d_stream, d_p), "d_o": (d_mixtures, _row_of_j(size))}
     outs |= {"d_lse": (d_lse[..., 0], _stat(size, size.S)), "d_w": (sums, per_core)}
@@ -85,7 +90,7 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     args, outs = _given(args), _given(outs)
     out = pl.pallas_call(
         functools.partial(_backward_kernel, size, tuple(args), tuple(outs)),
-        grid_spec=_grid(size, args, outs),
+        grid_spec=_grid(size, args, outs, _scratch(size)),
         out_shape=[output(a.shape, a.dtype, streams) for a, _ in outs.values()],
         input_output_aliases={1: 0, 2: 1, 3: 2},
         compiler_params=params(vmem),
@@ -97,59 +102,59 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
 
 
 def _forward_kernel(size, names_in, names_out, scalars, *refs):
-    at, columns, sums = _named((*names_in, *names_out), refs)
-    normed = "scale" in at
-    p_name = "p_new" if "y" in at else "p"
+    at = dict(zip((*names_in, *names_out), refs, strict=False))
+    normed, columns = "scale" in at, refs[-1]
+    at["sum"] = at["p_new"] if "y" in at else at["p"]
+    lse = at["lse"][pl.ds(scalars[0], 1), :]
 
     def add_up(rows):
-        load = functools.partial(_load, at, rows)
-        totals = [0.0] * (4 if normed else 2)
-        for cols in _tiles(size.D):
-            p = load("p", cols)
-            if "y" in at:
-                at["p_new"][rows, cols] = (p + load("y", cols)).astype(at["p"].dtype)
-                p = load("p_new", cols)
-            terms = [p * p, p * at["w"][:, cols]]
-            if normed:
-                o = load("o", cols)
-                terms += [p * o, o * o]
-            totals = [a + _widen(x) for a, x in zip(totals, terms, strict=True)]
-        for k, total in enumerate(totals):
-            sums[k, rows, :] = total
+        for cols in _tiles(size.D) if "y" in at else ():
+            p = _load(at, rows, "p", cols) + _load(at, rows, "y", cols)
+            at["p_new"][rows, cols] = p.astype(at["p_new"].dtype)
+        pairs = (("o", "o"),) if normed else ()
+        if at["sum"].dtype == jnp.bfloat16:
+            return _products(size, at, rows, normed) + _sums(size, at, rows, pairs)
+        across = (("sum", "o"),) if normed else ()
+        return _sums(size, at, rows, (("sum", "sum"), ("sum", "w"), *across, *pairs))
 
-    _each_chunk(size, add_up)
-    square, raw, *rest = (_over_width(sums[k]) for k in range(4 if normed else 2))
-    rstd = lax.rsqrt(square / size.D + size.eps)
-    score = raw * rstd
-    share = jax.nn.sigmoid(score - at["lse"][pl.ds(scalars[0], 1), :])
-    share = jnp.where(scalars[1] == 1, 0.0, share)
-    other, norm, skew = 1.0 - share, jnp.ones_like(share), jnp.zeros_like(share)
-    if normed:
-        across, own = rest
-        of_h = other * other * own + 2.0 * share * other * across + share * share * square
-        norm = lax.rsqrt(jnp.maximum(of_h, 0.0) / size.D + size.norm_eps)
-        skew = norm * (other * (across - own) + share * (square - across))
-    at["stats"][...] = _stacked(score, rstd, share, norm, skew)
-    columns[...] = _as_columns(_stacked(other, share, other * norm, share * norm))
+    def weigh(rows, square, raw, across=None, own=None):
+        rstd = lax.rsqrt(square / size.D + size.eps)
+        score = raw * rstd
+        share = jax.nn.sigmoid(score - lse[:, rows.start : rows.start + LANES])
+        share = jnp.where(scalars[1] == 1, 0.0, share)
+        other, norm, skew = 1.0 - share, jnp.ones_like(share), jnp.zeros_like(share)
+        if normed:
+            of_h = other * other * own + 2.0 * share * other * across + share * share * square
+            norm = lax.rsqrt(jnp.maximum(of_h, 0.0) / size.D + size.norm_eps)
+            skew = norm * (other * (across - own) + share * (square - across))
+        at["stats"][:, rows] = _stacked(score, rstd, share, norm, skew)
+        columns[rows, :] = _as_columns(_stacked(other, share, other * norm, share * norm))
 
     def write(rows):
         load = functools.partial(_load, at, rows)
         of_o, of_p, x_of_o, x_of_p = (columns[rows, k : k + 1] for k in range(4))
         for cols in _tiles(size.D):
-            o, p = load("o", cols), load(p_name, cols)
+            o, p = load("o", cols), load("sum", cols)
             x = o * x_of_o + p * x_of_p
             x = x * at["scale"][:, cols] if normed else x
             at["x"][rows, cols] = x.astype(at["x"].dtype)
             if "mixture" in at:
                 at["mixture"][rows, cols] = (o * of_o + p * of_p).astype(at["mixture"].dtype)
 
-    _each_chunk(size, write)
+    # The products of some tokens stand before the writing of the last ones, so that both may run at once.
+    groups = [pl.ds(first, LANES) for first in range(0, size.tile, LANES)]
+    for before, rows in zip([None, *groups], [*groups, None], strict=True):
+        sums = add_up(rows) if rows else ()
+        for part in _parts(before) if before else ():
+            write(part)
+        if rows:
+            weigh(rows, *sums)
 
 
 def _backward_kernel(size, names_in, names_out, scalars, *refs):
     names_out = tuple("out_" + n if n == "d_p" else n for n in names_out)
-    at, columns, sums = _named((*names_in, *names_out), refs)
-    normed, kept = "scale" in at, "d_mixture" in at
+    at = dict(zip((*names_in, *names_out), refs, strict=False))
+    normed, kept, (spread, *wide) = "scale" in at, "d_mixture" in at, refs[len(at) :]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -157,23 +162,25 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
             if name in at:
                 at[name][...] = jnp.zeros_like(at[name])
 
-    def pull(load, cols):
-        return load("d_x", cols) * at["scale"][:, cols] if normed else load("d_x", cols)
-
     def add_up(rows):
         load = functools.partial(_load, at, rows)
         totals = [0.0] * (4 if kept else 2)
         for cols in _tiles(size.D):
-            d_x, p, o = pull(load, cols), load("p", cols), load("o", cols)
+            d_x, p, o = load("d_x", cols), load("p", cols), load("o", cols)
+            for k, x in enumerate((d_x, p, o) if wide else ()):
+                wide[0][k, rows, cols] = x
+            pull = d_x * at["scale"][:, cols] if normed else d_x
             d_h = load("d_mixture", cols) if kept else None
-            terms = [d_x * p, d_x * o, *((d_h * p, d_h * o) if kept else ())]
-            totals = [a + _widen(x) for a, x in zip(totals, terms, strict=True)]
-        for k, total in enumerate(totals):
-            sums[k, rows, :] = total
+            terms = [pull * p, pull * o, *((d_h * p, d_h * o) if kept else ())]
+            totals = [a + _narrow(x) for a, x in zip(totals, terms, strict=True)]
+        return totals
 
-    _each_chunk(size, add_up)
+    found = []
+    for group in _parts(pl.ds(0, size.tile), LANES):
+        sums = zip(*(add_up(rows) for rows in _parts(group)), strict=True)
+        found.append([_over_width(jnp.concatenate(parts, 0)) for parts in sums])
+    along_p, along_o, *rest = (jnp.concatenate(rows, 1) for rows in zip(*found, strict=True))
     score, rstd, share, norm, skew = (at["stats"][k : k + 1, :] for k in range(5))
-    along_p, along_o, *rest = (_over_width(sums[k]) for k in range(4 if kept else 2))
     other, along, mean = 1.0 - share, along_p - along_o, jnp.zeros_like(share)
     if normed:
         mean = norm * (other * along_o + share * along_p) / size.D
@@ -182,51 +189,123 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
     d_score = share * other * along
     c_w = d_score * rstd
     c_p = c_w * score * rstd / size.D
-    shrink = norm * norm * mean
-    coefficients = share, other, norm, shrink * other, shrink * share, c_w, c_p, other * norm
-    columns[...] = _as_columns(_stacked(*coefficients, share * norm))
     mine = lax.broadcasted_iota(jnp.int32, at["d_lse"].shape, 0) == scalars[0]
     at["d_lse"][...] = jnp.where(mine, -d_score, at["d_lses"][...])
+    coefficients = (other * norm, share * norm, mean, c_w, c_p, *((other, share) if kept else ()))
+    _spread(spread, coefficients)
+    left = _pieces(c_w, at["p"].dtype)
 
-    def write(rows):
-        load = functools.partial(_load, at, rows)
-        of_p, of_o, norm, less_o, less_p, c_w, c_p, hat_o, hat_p = (
-            columns[rows, k : k + 1] for k in range(9)
-        )
-        for cols in _tiles(size.D):
-            d_h, p, o = pull(load, cols), load("p", cols), load("o", cols)
+    def write(cols):
+        at["d_w"][:, cols] += _dot(left, at["p"][:, cols], NN)
+        d_scale = 0.0
+        for rows in _parts(pl.ds(0, size.tile), 16):
+            load = functools.partial(_load, at, rows)
+            of_o, of_p, mean, c_w, c_p, *plain = (
+                _repeated(spread[k, rows, :], cols.size) for k in range(len(coefficients))
+            )
+            row = wide[0][:, rows, cols] if wide else [load(name, cols) for name in ("d_x", "p", "o")]
+            d_x, p, o = (row[k] for k in range(3))
+            d_h = d_x
             if normed:
-                d_h = d_h * norm - o * less_o - p * less_p
-                at["d_scale"][:, cols] += _fold((o * hat_o + p * hat_p) * load("d_x", cols))
-            d_h = d_h + load("d_mixture", cols) if kept else d_h
-            pulled = p * c_w
-            d_p = load("d_p", cols) + d_h * of_p + at["w"][:, cols] * c_w - p * c_p
-            at["out_d_p"][rows, cols] = d_p.astype(at["out_d_p"].dtype)
-            at["d_o"][rows, cols] = (d_h * of_o).astype(at["d_o"].dtype)
-            at["d_w"][:, cols] += _fold(pulled)
-
-    _each_chunk(size, write)
-
-
-def _each_chunk(size, body):
-    """Some tokens at a time; what is done with sums over a row waits for those of all tokens, so that only
-    one reduction over lanes, and its latency, is paid for."""
+                u = o * of_o + p * of_p
+                d_scale = d_scale + _fold(d_x * u)
+                d_h = d_x * at["scale"][:, cols] - u * mean
+            d_o, d_p = d_h * of_o, d_h * of_p + at["w"][:, cols] * c_w - p * c_p
+            if kept:
+                d_h = load("d_mixture", cols)
+                d_o, d_p = d_o + d_h * plain[0], d_p + d_h * plain[1]
+            at["d_o"][rows, cols] = d_o.astype(at["d_o"].dtype)
+            at["out_d_p"][rows, cols] = (load("d_p", cols) + d_p).astype(at["out_d_p"].dtype)
+        if normed:
+            at["d_scale"][:, cols] += d_scale
 
     def step(c, carry):
-        body(pl.ds(pl.multiple_of(c * size.chunk, size.chunk), size.chunk))
+        write(pl.ds(pl.multiple_of(c * size.columns, size.columns), size.columns))
         return carry
 
-    lax.fori_loop(0, size.tile // size.chunk, step, 0)
+    whole = size.D // size.columns * size.columns
+    lax.fori_loop(0, size.D // size.columns, step, 0)
+    if whole < size.D:
+        write(pl.ds(whole, size.D - whole))
+
+
+def _products(size, at, rows, normed):
+    """p.p, p.w and, of a normed read, p.o: on the MXU, where products of bf16 are exact.
+
+    Of a square of tokens by tokens the diagonal is wanted; its sum over sublanes is `[1, tokens]`."""
+    found, G = [], size.square
+    for part in _parts(rows, G):
+        p, o = at["sum"][part, :], at["o"][part, :]
+        out = _dot(jnp.concatenate([p, at["w"][...]], 0), jnp.concatenate([p, o], 0) if normed else p, NT)
+        square = [out[:G, first : first + G] for first in range(0, out.shape[1], G)]
+        on = functools.reduce(jnp.equal, (lax.broadcasted_iota(jnp.int32, (G, G), k) for k in range(2)))
+        square, *across = (jnp.sum(jnp.where(on, x, 0.0), 0, keepdims=True) for x in square)
+        found.append([square, jnp.sum(out[G : G + 8, :G], 0, keepdims=True), *across])
+    return [jnp.concatenate(sums, 1) for sums in zip(*found, strict=True)]
+
+
+def _sums(size, at, rows, pairs):
+    """Of the products of two arrays, over a row: on the VPU."""
+    totals = [0.0] * len(pairs)
+    for cols in _tiles(size.D) if pairs else ():
+        for k, (a, b) in enumerate(pairs):
+            b = at["w"][:1, cols] if b == "w" else _load(at, rows, b, cols)
+            totals[k] = totals[k] + _narrow(_load(at, rows, a, cols) * b)
+    return [_over_width(total) for total in totals]
+
+
+def _spread(out, rows):
+    """Each of `rows` [1, tokens] to [tokens, 128], the same on all lanes: a product with ones, exact."""
+    pieces = [_stacked(*part) for part in zip(*(_thirds(row) for row in rows), strict=True)]
+    left = _as_columns(jnp.concatenate(pieces, 0)).astype(jnp.bfloat16)
+    row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, len(rows) * LANES), k) for k in range(2))
+    product = _dot(left, jnp.where(row % STATS == lane // LANES, 1.0, 0.0).astype(jnp.bfloat16), NN)
+    for k in range(len(rows)):
+        out[k] = product[:, k * LANES : (k + 1) * LANES]
+
+
+def _dot(a, b, contract):
+    """A product accumulated in fp32; fp32 operands at full precision."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32)
+
+
+def _thirds(x):
+    """fp32 as a sum of three that bf16 holds exactly."""
+    parts = []
+    for _ in range(2):
+        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        parts.append(lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - parts[-1]
+    return *parts, x
+
+
+def _pieces(x, dtype, rows=8):
+    """[1, n] as `rows` of `dtype` that add up to it, most of them zeros."""
+    parts = _thirds(x) if dtype == jnp.bfloat16 else (x,)
+    return jnp.concatenate([*parts, *[jnp.zeros_like(x)] * (rows - len(parts))], 0).astype(dtype)
 
 
 def _load(at, rows, name, cols):
     return at[name][rows, cols].astype(jnp.float32)
 
 
-def _widen(x):
-    """To 128 columns: the last ones of a row may be fewer."""
-    short = LANES - x.shape[1]
-    return jnp.concatenate([x, jnp.zeros((len(x), short), x.dtype)], 1) if short else x
+def _narrow(x):
+    """To 128 columns, by adding or filling up."""
+    parts = [x[:, first : first + LANES] for first in range(0, x.shape[1], LANES)]
+    short = LANES - parts[-1].shape[1]
+    if short:
+        parts[-1] = jnp.concatenate([parts[-1], jnp.zeros((len(x), short), x.dtype)], 1)
+    return functools.reduce(jnp.add, parts)
+
+
+def _repeated(x, width):
+    """[tokens, 128], all lanes the same, to another width."""
+    return jnp.concatenate([x] * -(-width // LANES), 1)[:, :width]
+
+
+def _parts(rows, size=ROWS):
+    return [pl.ds(first, size) for first in range(rows.start, rows.start + rows.size, size)]
 
 
 def _over_width(partial):
@@ -246,16 +325,13 @@ def _fold(x):
 
 
 def _tiles(D):
-    return [pl.ds(at, min(LANES, D - at)) for at in range(0, D, LANES)]
+    """256 columns of 8 tokens fill a register of bf16."""
+    return [pl.ds(at, min(256, D - at)) for at in range(0, D, 256)]
 
 
 def _as_columns(x):
     """[n, tokens] statistics to [tokens, 128], one column each."""
     return jnp.concatenate([x, jnp.zeros((LANES - len(x), x.shape[1]), x.dtype)], 0).T
-
-
-def _named(names, refs):
-    return dict(zip(names, refs, strict=False)), refs[-2], refs[-1]
 
 
 def _given(table):
@@ -264,8 +340,8 @@ def _given(table):
 
 def _sizes(direction, mixtures, eps, norm_eps):
     S, tokens, D = mixtures.shape
-    tile, chunk, cores, vmem = tpu_config(direction, D, mixtures.dtype, tokens)
-    return Sizes(S, tokens, D, tile, min(chunk, tile), cores, tokens // tile // cores, eps, norm_eps), vmem
+    *config, cores, vmem = tpu_config(direction, D, mixtures.dtype, tokens)
+    return Sizes(S, tokens, D, *config, cores, tokens // config[0] // cores, eps, norm_eps), vmem
 
 
 def _padded(*arrays):
@@ -280,19 +356,19 @@ def _scalars(*numbers):
     return jnp.stack([jnp.asarray(n, jnp.int32) for n in numbers])
 
 
-def _grid(size, args, outs):
+def _scratch(size):
+    """Backward: coefficients of a token on all lanes, and three rows of it in fp32 if there is room."""
+    return [(STATS, size.tile, LANES), *([(3, size.tile, size.D)] if size.unpacked else [])]
+
+
+def _grid(size, args, outs, scratch):
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(size.cores, size.steps),
         in_specs=[spec for _, spec in args.values()],
         out_specs=[spec for _, spec in outs.values()],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in _scratch(size.tile)],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
-
-
-def _scratch(tokens):
-    """Columns of statistics, and partial sums over a row."""
-    return (tokens, LANES), (4, tokens, LANES)
 
 
 def _row(size, hide=False):
@@ -319,5 +395,8 @@ def _stat(size, rows):
     return pl.BlockSpec((rows, size.tile), lambda c, i, scalars: (0, c * size.steps + i))
 
 
-def _whole(size):
-    return pl.BlockSpec((1, size.D), lambda c, i, scalars: (0, 0))
+def _vectors(**arrays):
+    """[D] or [n, D], of which every step takes all."""
+    rows = {name: x[None] if x is not None and x.ndim == 1 else x for name, x in arrays.items()}
+    shapes = {name: None if x is None else x.shape for name, x in rows.items()}
+    return {name: (x, pl.BlockSpec(shapes[name], lambda c, i, n: (0, 0))) for name, x in rows.items()}

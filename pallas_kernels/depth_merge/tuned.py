@@ -1,4 +1,4 @@
-"""Tokens worked on at once where another number than config.CHUNK is faster: measured, with the device."""
+"""Columns worked on at once, backward, where another number is faster: measured, with the device."""
 
 TUNED: dict[tuple[str, int], int] = {}
-"""(direction, D) -> tokens."""
+"""(direction, D) -> columns."""
