@@ -374,7 +374,7 @@ def workdir(tmp_path, monkeypatch):
 def test_a_workdir_is_read_back(workdir):
     """Statistics are of whole windows of the held-out text, M of the first one's last token."""
     folder, model, text = workdir
-    found = runs.read(folder)
+    (found,), _ = runs.read([folder], ())
     windows = np.stack([text[at : at + 16] for at in (0, 16, 32)])  # a fourth would need padding
     record = model(jnp.asarray(windows), record=True).depth.record
     jax.tree.map(
@@ -411,7 +411,7 @@ def test_a_run_that_logged_nothing_by_depth(workdir):
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"depth"' not in line))
     with pytest.raises(runs.RunError, match=r"run logged no depth rows .* smaller train.depth_eve"):
-        runs.read(workdir[0])
+        runs.read([workdir[0]], ())
 
 
 def test_comparing_a_run_with_itself_is_the_users_error(workdir):
