@@ -277,6 +277,7 @@ def test_a_scheme_has_one_colour():
     assert [figures.colour(n) for n in names] == [figures.colour(f"{n} S=8") for n in names]
     assert len({figures.colour(n) for n in names[:3]}) == 3
     assert figures.colour("highway") in figures.OTHERS
+    assert not {*figures.OTHERS} & {*figures.COLOURS.values()}
     series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in ("full", "block S=4", "block S=8")]
     lines = figures.depth_dynamics(series, series).axes[1].lines
     assert [to_hex(line.get_color()).upper() for line in lines] == ["#D55E00", "#0072B2", "#0072B2"]
@@ -312,6 +313,25 @@ def test_heatmap_puts_weights_where_they_belong():
 def shown(axes):
     """The image in units of 1/24, zero where it is blank."""
     return np.ma.filled(np.ma.asarray(axes.images[0].get_array()), 0) * 24
+
+
+def test_weights_that_are_no_shares_have_their_own_scale():
+    """DenseFormer's: below zero and above one, which would else be drawn as zero and one."""
+    schedule = BlockSchedule(2, 1)
+    weights = np.tri(3, 3)
+    norms = [figures.weight_heatmap(weights, "am", schedule).axes[0].images[0].norm]
+    weights[2, :2] = -0.5, 2.0
+    panels = figures.weight_heatmap(weights, "am", schedule).axes
+    norms.append(panels[0].images[0].norm)
+    assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, 1), (-2, 2)]
+    assert {"0", "2"} <= {label.get_text() for label in panels[-1].get_yticklabels()}
+
+
+def test_seeds_of_many_schemes_are_not_drawn_one_by_one():
+    for count, seeds in ((6, 2), (7, 0)):
+        series = [figures.Series(f"scheme{n}", [1, 2], [1.0, 2.0]) for n in range(count) for _ in range(2)]
+        lines = figures.depth_dynamics(series, series).axes[0].lines
+        assert len(lines) == count * (1 + seeds)
 
 
 def test_full_has_no_running_sum():
