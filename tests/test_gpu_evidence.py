@@ -1,5 +1,6 @@
 """Runs of 30 M parameters on a GPU, as far as there is none: the config, the session's script, its pages."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from attnres_jax import __main__, configs
 from attnres_jax.analysis import inspect
+from attnres_jax.bench import h200
 from attnres_jax.configs import sweeps
 from attnres_jax.train import data
 from pallas_kernels.depth_merge import vjp as depth_merge
@@ -158,6 +160,49 @@ def test_the_script_is_sound():
     )
     assert shellcheck
     subprocess.run([shellcheck, "--severity=warning", str(SCRIPT)], check=True)
+
+
+COMPILED = """
+import sys, types, jax
+from attnres_jax import choice, configs
+from attnres_jax.bench import h200
+from attnres_jax.configs import sweeps
+from attnres_jax.models import attention
+from attnres_jax.train.step import programs
+
+device, (row,) = h200._device(), sys.argv[1:]
+choice.platform = attention.platform = lambda placement: "gpu"  # as where it is the default device
+choice.jax = types.SimpleNamespace(
+    devices=lambda: [device], device_count=lambda: 1, numpy=jax.numpy, sharding=jax.sharding,
+    __version_info__=jax.__version_info__)
+(member,) = sweeps.members(sweeps.SWEEPS["table4"].only([row]), "gpu", seeds=1)
+batch = member.config.data
+with jax.sharding.use_abstract_mesh(h200.mesh()):
+    run = programs(member.config, 8192, [device])
+    tokens = jax.ShapeDtypeStruct((batch.batch, batch.length + 1), "int32", sharding=run.place)
+    step = run.update.lower(run.like, tokens)
+    print("mosaic" in step.as_text(), "cudnn$fmha" in step.as_text())
+    print(step.compile().memory_analysis().temp_size_in_bytes / 1e9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "kernels", "most"), [("block-s4", True, 2), ("mhc", False, 4)])
+def test_an_update_compiles_for_an_h200(row, kernels, most, tmp_path):
+    """By XLA's own compiler, with no GPU: attention by cuDNN, Block's reads by Mosaic; GB of temporaries."""
+    if not h200.toolkit() or not importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("the compilers for CUDA are not installed: pip install 'jax[cuda13]==0.11.2'")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, row],
+        env=os.environ | h200.environment(str(tmp_path)),
+        cwd=cluster.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    chosen, size = done.stdout.splitlines()
+    assert chosen == f"{kernels} True"
+    assert 1 < float(size) < most
 
 
 @pytest.mark.slow
