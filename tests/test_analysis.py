@@ -277,6 +277,7 @@ def test_a_scheme_has_one_colour():
     assert [figures.colour(n) for n in names] == [figures.colour(f"{n} S=8") for n in names]
     assert len({figures.colour(n) for n in names[:3]}) == 3
     assert figures.colour("highway") in figures.OTHERS
+    assert not {*figures.OTHERS} & {*figures.COLOURS.values()}
     series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in ("full", "block S=4", "block S=8")]
     lines = figures.depth_dynamics(series, series).axes[1].lines
     assert [to_hex(line.get_color()).upper() for line in lines] == ["#D55E00", "#0072B2", "#0072B2"]
@@ -312,6 +313,25 @@ def test_heatmap_puts_weights_where_they_belong():
 def shown(axes):
     """The image in units of 1/24, zero where it is blank."""
     return np.ma.filled(np.ma.asarray(axes.images[0].get_array()), 0) * 24
+
+
+def test_weights_that_are_no_shares_have_their_own_scale():
+    """DenseFormer's: below zero and above one, which would else be drawn as zero and one."""
+    schedule = BlockSchedule(2, 1)
+    weights = np.tri(3, 3)
+    norms = [figures.weight_heatmap(weights, "am", schedule).axes[0].images[0].norm]
+    weights[2, :2] = -0.5, 2.0
+    panels = figures.weight_heatmap(weights, "am", schedule).axes
+    norms.append(panels[0].images[0].norm)
+    assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, 1), (-2, 2)]
+    assert {"0", "2"} <= {label.get_text() for label in panels[-1].get_yticklabels()}
+
+
+def test_seeds_of_many_schemes_are_not_drawn_one_by_one():
+    for count, seeds in ((6, 2), (7, 0)):
+        series = [figures.Series(f"scheme{n}", [1, 2], [1.0, 2.0]) for n in range(count) for _ in range(2)]
+        lines = figures.depth_dynamics(series, series).axes[0].lines
+        assert len(lines) == count * (1 + seeds)
 
 
 def test_full_has_no_running_sum():
@@ -374,7 +394,7 @@ def workdir(tmp_path, monkeypatch):
 def test_a_workdir_is_read_back(workdir):
     """Statistics are of whole windows of the held-out text, M of the first one's last token."""
     folder, model, text = workdir
-    found = runs.read(folder)
+    (found,), _ = runs.read([folder], ())
     windows = np.stack([text[at : at + 16] for at in (0, 16, 32)])  # a fourth would need padding
     record = model(jnp.asarray(windows), record=True).depth.record
     jax.tree.map(
@@ -411,7 +431,7 @@ def test_a_run_that_logged_nothing_by_depth(workdir):
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"depth"' not in line))
     with pytest.raises(runs.RunError, match=r"run logged no depth rows .* smaller train.depth_eve"):
-        runs.read(workdir[0])
+        runs.read([workdir[0]], ())
 
 
 def test_comparing_a_run_with_itself_is_the_users_error(workdir):

@@ -199,7 +199,7 @@ def test_overrides_are_read_by_the_keys_type():
         ("lm:d12,block", [], "'d12,block' is not"),
         ("lm:d12,block8,x", [], "'d12,block8,x' is not"),
         ("lm:d1,block8", [], "block_size = 8 must be at most .* model.blocks = 1, such as 2"),
-        ("nowhere.py", [], "'nowhere.py' does not exist; inside the package: evidence, lm, quick"),
+        ("nowhere.py", [], "'nowhere.py' does not exist; inside the package: evidence, gpu, lm, quick"),
         ("quick", ["--config.train.step=1"], "'train.step' does not exist; .* 'train.steps'"),
         ("quick", ["--config.steps=1"], "'steps' does not exist; .* 'train.steps'"),
         ("quick", ["--config.model=1"], "'model' does not exist"),
@@ -229,7 +229,7 @@ def test_what_is_said_about_names(name, overrides, message):
 
 
 def test_configs_of_the_package():
-    assert configs.names() == ("evidence", "lm", "quick", "technical")
+    assert configs.names() == ("evidence", "gpu", "lm", "quick", "technical")
     schemes = {arg: configs.load(f"quick:{arg}").residual for arg in ("plain", "block", "full")}
     assert schemes == {arg: arg for arg in schemes}
     assert configs.load("quick") == configs.load("quick:block")

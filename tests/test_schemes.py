@@ -124,6 +124,8 @@ def test_semiseparable_rank(name):
     assert ranks == {RANKS[name]} if name in RANKS else max(ranks) <= most
     if name in ("full", "denseformer"):
         assert ranks == {most}
+    if name == "block":  # three blocks of three: between N and N + S, as far as L allows
+        assert 3 <= min(ranks) <= max(ranks) <= min(3 + 3, most)
 
 
 @every

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import toys
-from test_schemes import KINDS, D, drawn, make, started
+from test_schemes import KINDS, SCHEMES, D, drawn, make, started
 
 L, M = len(KINDS), 4
 rms = lambda v, axis=-1: np.sqrt(np.mean(v * v, axis, keepdims=True) + 1e-6)  # noqa: E731
@@ -392,3 +392,60 @@ def test_window_starts_as_the_mean_of_what_it_sees(x64):
     for l, h in enumerate(record.mixtures):
         seen = [0, *range(max(1, l - 2), l + 1)]
         oracle.assert_close(h, np.mean(np.asarray(record.outputs)[seen], 0), 1e-12)
+
+
+MEANS = ("full", "block", "full_unnormed", "full_static", "full_input_query", "block_unnormed", "block_heads")
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_reads_start_as_the_mean_of_their_sources(name, x64):
+    """R sources of any read sum to the plain stream: it over R, which the pre-norm undoes."""
+    got, want, _ = first(name)
+    for R, h, u in zip(make(name).schedule(L).counts, got, want, strict=True):
+        oracle.assert_close(R * h, u, 1e-5)  # eps of the pre-norm
+
+
+def test_sigmoid_starts_as_half_the_stream(x64):
+    got, want, _ = first("full_sigmoid")
+    oracle.assert_close(2 * got, want, 1e-5)
+
+
+def test_recency_starts_by_weighing_the_newest_e_times_its_elder(x64):
+    scheme = make("full_recency")
+    record = run(scheme, started(scheme))[0]
+    v = np.asarray(record.outputs)
+    for l, h in enumerate(record.mixtures):
+        weights = np.exp(-np.arange(l, -1, -1.0))
+        oracle.assert_close(h, np.tensordot(weights / weights.sum(), v[: l + 1], 1), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["block_additive", "delta_block"])
+def test_additions_to_the_stream_start_as_means(name, x64):
+    """Of all sources, and of completed blocks alone: none at the first read and none at Delta's output."""
+    scheme = make(name)
+    record = run(scheme, started(scheme))[0]
+    v = np.asarray(record.outputs)
+    S = scheme.block_size
+    for l, h in enumerate(record.mixtures):
+        u, done = v[: l + 1].sum(0), l // S
+        if name == "block_additive":
+            added = u / scheme.schedule(L).counts[l]
+        else:
+            added = v[: 1 + done * S].sum(0) / (1 + done) * (0 < l < L) * (done > 0)
+        oracle.assert_close(h, u + added, 1e-12)
+
+
+def test_siamese_starts_with_both_streams_at_the_embedding(x64):
+    """A read is `X + Norm(Y)`; afterwards both terms are of unit RMS."""
+    got, _, toy = first("siamese")
+    x = np.asarray(toy.x)
+    oracle.assert_close(got[0], x + x / rms(x), 1e-6)
+    assert np.all(rms(np.asarray(got[1:])) < 2 + 1e-6)
+
+
+def test_every_scheme_has_its_step_zero():
+    """The tests above, by their names; `plain` is what they are compared with."""
+    alone = {"rezero", "layerscale", "highway", "ddl", "rms_block", "window", "full_sigmoid", "full_recency"}
+    pairs = {"deepnorm", "keel", "hc", "hc_static", "mhc", "mhc_lite", "block_additive", "delta_block"}
+    three = {"densenet", "denseformer", "mrla"}
+    assert {*MEANS, *alone, *pairs, *three, "siamese", "delta", "plain"} == {*SCHEMES}

@@ -21,7 +21,10 @@ from attnres_jax.schedule import BlockSchedule
 
 COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00", "mhc": "#009E73"}
 DASHES = ("-", "--", ":", "-.")
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+OTHERS = ("#882255", "#CC79A7", "#E69F00", "#56B4E9")
+"""None of those above: a scheme without a colour of its own is not taken for one that has one."""
+FEW = 6
+"""Schemes whose seeds are drawn one by one, and named inside the first panel."""
 MATRICES = 4
 """Beside each other, in a row."""
 READS = {"a": "Pre-attention reads", "m": "Pre-MLP reads"}
@@ -77,7 +80,7 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
 def _legend(figure):
     """In the first panel; where it would hide what is drawn there, beside all of them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 6:
+    if len(labels) > FEW:
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
     else:
         figure.axes[0].legend(frameon=False)
@@ -107,6 +110,7 @@ def weight_heatmap(
     The output read stands below the reads of the first kind, whose place in depth it takes.
     """
     table, columns = _by_source(np.asarray(weights), schedule)
+    norm, colours = _weight_colours(table[np.isfinite(table)])
     letters = list(dict.fromkeys(kinds))
     figure = blank(max(5.0, 4.6 * len(letters)), 4.6)
     panels = np.atleast_1d(figure.subplots(1, len(letters)))
@@ -115,13 +119,13 @@ def weight_heatmap(
         names = [str(at + 1) for at in reads]
         if letter == letters[0]:
             reads, names = [*reads, len(kinds)], [*names, "out"]
-        _image(axes, table[reads])
+        _image(axes, table[reads], norm=norm, colours=colours)
         _ticks(axes.yaxis, names)
         _ticks(axes.xaxis, columns)
         axes.set_title(READS.get(letter, f"Reads before kind {letter!r}"))
         axes.set_xlabel(_source_axis(schedule))
     panels[0].set_ylabel("sublayer that reads (out: the output read)")
-    _colourbar(figure, panels, "mean weight")
+    _colourbar(figure, panels, "mean weight", _tick_values(norm))
     figure.suptitle(title)
     return figure
 
@@ -149,12 +153,23 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
         axes.set_ylabel("sublayer that reads (out: output read)")
     for axes in panels[len(matrices) :]:
         axes.remove()
-    low, high = norm.vmin or 0.0, norm.vmax or 1.0
-    ticks = TICKS if high == 1 else [float(f"{tick * high:.1g}") for tick in TICKS]
-    ticks = {sign * tick for sign in (1, -1) for tick in ticks if low <= sign * tick <= high}
-    _colourbar(figure, panels[: len(matrices)], f"weight (largest of all: {high:.3g})", sorted(ticks))
+    label = f"weight (largest of all: {norm.vmax:.3g})"
+    _colourbar(figure, panels[: len(matrices)], label, _tick_values(norm))
     figure.suptitle(f"Depth mixing matrix M, {token}", fontsize="medium")
     return figure
+
+
+def _tick_values(norm):
+    """TICKS as far as the scale goes, both ways if it does."""
+    low, high = norm.vmin or 0.0, norm.vmax or 1.0
+    ticks = TICKS if high == 1 else [float(f"{tick * high:.1g}") for tick in TICKS]
+    return sorted({sign * tick for sign in (1, -1) for tick in ticks if low <= sign * tick <= high})
+
+
+def _weight_colours(entries):
+    """The one scale of weights that are shares; another where some are not, as DenseFormer's."""
+    shares = np.min(entries) >= -1e-6 and np.max(entries) <= 1 + 1e-6
+    return (WEIGHT_NORM, "viridis") if shares else _matrix_colours(entries)
 
 
 def _matrix_colours(entries):
@@ -273,7 +288,7 @@ def _lines(axes: Axes, lines, **look):
         dashes = DASHES[twins.index(label) % len(DASHES)]
         style: dict[str, Any] = {"color": colour(label), "linestyle": dashes}
         seeds = [line for line in lines if line.label == label]
-        for seed in seeds if len(seeds) > 1 else ():
+        for seed in seeds if len(seeds) > 1 and len(labels) <= FEW else ():
             axes.plot(seed.x, seed.y, **style, alpha=0.25, linewidth=0.8)
         axes.plot(*_mean(seeds), **style, label=label, **look)
     _clean(axes)

@@ -76,7 +76,8 @@ def report(runs: Sequence[Run], looks: Mapping[str, Look], made: Made, out: Path
 LIMITS = """The losses of all rows, with caveats and speed: [comparison](comparison.md).
 
 None of this shows anything at the paper's size, at convergence or on another text. One learning rate serves
-all rows, the plain residual's best of those tried (`configs/LOG.md`), as the paper tunes for its baseline."""
+all rows, at most tuned for the plain residual (the config and `configs/LOG.md` say what was tried), as the
+paper tunes for its baseline."""
 
 
 def _head(table, made):

@@ -58,7 +58,8 @@ class Job(NamedTuple):
 def sweep(chosen: Sweep, made: Sequence[Job], at_once: int, out: Path) -> None:
     """Run what is not finished, `at_once` at a time, then compare all runs, into folder `out`.
 
-    What else is written there, `chosen` says. `SweepError` if a run did not finish.
+    What else is written there, `chosen` says; pages of evidence take two seeds. `SweepError` if a run did not
+    finish.
     """
     stopped = run(made, at_once)
     unfinished = [job for job in made if not job.finished()]
@@ -74,10 +75,11 @@ def sweep(chosen: Sweep, made: Sequence[Job], at_once: int, out: Path) -> None:
             f"{_last_line(first)!r}; the same command goes on with them"
         )
     folders = [job.folder for job in made]
-    if chosen.claims:
-        runs.evidence(folders, shlex.join(["python", "-m", "attnres_jax", *sys.argv[1:]]), out)
+    if chosen.claims and len({job.member.config.seed for job in made}) > 1:
+        command = shlex.join(["python", "-m", "attnres_jax", *sys.argv[1:]])
+        runs.evidence(folders, command, out, at_once)
     else:
-        runs.compare(folders, out)
+        runs.compare(folders, out, at_once)
     if chosen.sizes:
         runs.fit_scaling(folders, False, out)
 
