@@ -225,6 +225,7 @@ KEYS: dict[str, Key] = {
     "block_size": Key(4, Whole(1, span=5), "sublayers", "S of Block AttnRes; the others ignore it"),
     "key_norm_eps": Key(1e-6, Real(0, 0.1, above=True), "", "of AttnRes's key RMSNorm"),
     "depth_heads": Key(16, Whole(1, span=5), "heads", "channel groups of block_heads; the others ignore it"),
+    "key_width": Key(16, Whole(1, span=5), "channels", "of the keys of block_sliced; the others ignore it"),
     "streams": Key(4, Whole(1, 6, span=5), "streams", "m of hyper-connections and DDL; the others ignore it"),
     "sinkhorn": Key(20, Whole(1, span=5), "iterations", "of mHC; the others ignore it"),
     "window": Key(8, Whole(1, span=5), "outputs", "that a sliding window reads; the others ignore it"),
@@ -302,7 +303,7 @@ KEYS: dict[str, Key] = {
 }
 
 SCHEME_KEYS = {"residual": "", "block_size": "block_size", "key_norm_eps": "eps", "streams": "streams"}
-SCHEME_KEYS |= {"depth_heads": "heads", "sinkhorn": "sinkhorn", "window": "window"}
+SCHEME_KEYS |= {"depth_heads": "heads", "key_width": "key_width", "sinkhorn": "sinkhorn", "window": "window"}
 """Keys of the residual scheme, each with the option of `residuals.make` that it sets."""
 LATER = ("model.value_residual", "mesh.stage", "train.virtual_stages")
 """Keys that runs did without, as with the default."""
@@ -376,6 +377,12 @@ RULES: tuple[Rule, ...] = (
         holds=lambda c: not _reads(c, "heads") or c["model.width"] % c["depth_heads"] == 0,
         need=lambda c: f"a divisor of model.width = {c['model.width']}",
         legal=lambda c: math.gcd(c["depth_heads"], c["model.width"]),
+    ),
+    Rule(
+        "key_width",
+        holds=lambda c: not _reads(c, "key_width") or c["key_width"] <= c["model.width"],
+        need=lambda c: f"at most model.width = {c['model.width']}",
+        legal=lambda c: c["model.width"],
     ),
     _divides("model.heads", "model.width", " that leaves heads of even width (RoPE)", factor=2),
     _divides("model.kv_heads", "model.heads"),

@@ -286,7 +286,7 @@ def test_a_run_older_than_the_keys_of_other_schemes():
     old = {
         key: value
         for key, value in flat.items()
-        if key not in ("streams", "sinkhorn", "window", "depth_heads", "model.value_residual")
+        if key not in ("streams", "sinkhorn", "window", "depth_heads", "key_width", "model.value_residual")
     }
     assert configs.of_run(old) == flat
     del old["block_size"]

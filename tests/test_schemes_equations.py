@@ -394,7 +394,16 @@ def test_window_starts_as_the_mean_of_what_it_sees(x64):
         oracle.assert_close(h, np.mean(np.asarray(record.outputs)[seen], 0), 1e-12)
 
 
-MEANS = ("full", "block", "full_unnormed", "full_static", "full_input_query", "block_unnormed", "block_heads")
+MEANS = (
+    "full",
+    "block",
+    "full_unnormed",
+    "full_static",
+    "full_input_query",
+    "block_unnormed",
+    "block_heads",
+    "block_sliced",
+)
 
 
 @pytest.mark.parametrize("name", MEANS)

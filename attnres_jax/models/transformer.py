@@ -56,6 +56,7 @@ class ModelConfig:
     residual: str = residuals.DEFAULT
     block_size: int = 8
     depth_heads: int = 16
+    key_width: int = 16
     streams: int = 4
     sinkhorn: int = 20
     window: int = 8

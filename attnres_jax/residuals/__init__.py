@@ -46,20 +46,31 @@ SCHEMES = {
     "full_input_query": Entry("ablations", "InputQuery", ("eps",)),
     "block_unnormed": Entry("attention", "AttnRes", ("block_size",), {"key_norm": False}),
     "block_heads": Entry("attention", "AttnRes", ("block_size", "eps", "heads")),
+    "block_sliced": Entry("attention", "AttnRes", ("block_size", "eps", "key_width")),
     "block_additive": Entry("ablations", "Additive", ("block_size", "eps")),
     "rms_block": Entry("followups", "RMSBlock", ("block_size", "eps")),
     "delta": Entry("followups", "Delta", ("eps",)),
     "delta_block": Entry("followups", "Delta", ("block_size", "eps")),
 }
 DEFAULT = "block"
-OPTIONS = ("block_size", "eps", "heads", "norm_eps", "sinkhorn", "streams", "sublayers", "window")
+OPTIONS = (
+    "block_size",
+    "eps",
+    "heads",
+    "key_width",
+    "norm_eps",
+    "sinkhorn",
+    "streams",
+    "sublayers",
+    "window",
+)
 
 
 def make(name: str, **options: Any) -> "Scheme":
     """The scheme called `name`, with those of `options` that it reads:
 
     `block_size` S counts sublayers, `eps` is the key norm's, `heads` H are groups of channels that weigh
-    sources apart, `norm_eps` is that of the scheme's other norms,
+    sources apart, keys are the last `key_width` channels, `norm_eps` is that of the scheme's other norms,
     `sinkhorn` counts the iterations of mHC, `streams` is m, `sublayers` the model's L, `window` W.
     """
     if name not in SCHEMES:
