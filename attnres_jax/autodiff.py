@@ -262,7 +262,7 @@ def taking(key: Any, step: Callable[..., Any], policy: Callable[..., Any]) -> Ca
     def kept(primitive, *avals, **params):
         # A policy sees of a custom_vjp only what it calls.
         called = params.get("call_jaxpr")
-        taken = called is not None and called.jaxpr.debug_info.func_name == "take"
+        taken = called is not None and called.jaxpr.debug_info.func_name == take.__name__
         return not taken and policy(primitive, *avals, **params)
 
     return jax.checkpoint(run, policy=kept, prevent_cse=False)

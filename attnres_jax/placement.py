@@ -45,7 +45,7 @@ class Placement:
         Every axis of the mesh is manual inside, as a kernel must have it; those that are already stay so.
         What cannot say over which axes its results vary is not `typed`.
         """
-        axes = {a for axes in self.spec for a in (axes if isinstance(axes, tuple) else (axes,))}
+        axes = {a for axes in self.spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
 
         def run(shared, *args):
             if typed:

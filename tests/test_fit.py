@@ -52,6 +52,10 @@ def test_the_state_of_a_stage():
         c = config("mesh.stage=4", f"model.blocks={blocks}", *accumulation)
         parameters, _ = fit.state(c, VOCAB, DEVICES)
         assert parameters == pytest.approx(4 * (each * layer + table), rel=1e-3)
+    cut = config("mesh.stage=4", "mesh.fsdp=4", "mesh.data=1", *accumulation)
+    parameters, _ = fit.state(cut, VOCAB, DEVICES)
+    assert fit.gradients(cut, parameters, DEVICES) == 4 * parameters  # while it runs fsdp divides nothing
+    assert fit.gradients(config("mesh.fsdp=4"), parameters, DEVICES) == parameters
 
 
 def test_what_fits():

@@ -159,10 +159,10 @@ def test_with_other_mesh_axes(mesh, keys):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"model__tied": False, "optim__z_loss": 0.1, "train__vocab_chunks": 3},
+        {"model__tied": False, "optim__z_loss": 0.1, "train__vocab_chunks": 3, "mesh": {"fsdp": 2}},
         {"model__remat": "dots"},
         {"model__remat": "everything"},
-        {"data__segments": True},
+        {"data__segments": True, "mesh": {"data": 2}},
     ],
 )
 def test_with_what_a_run_may_have(keys):
@@ -188,7 +188,13 @@ def test_bf16_is_no_worse_than_without_a_pipeline():
     assert np.mean([*errors[0].values()]) < 1.1 * np.mean([*errors[1].values()])
 
 
-@pytest.mark.parametrize("keys", [{}, FIRST_VALUES | {"residual": "plain"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"mesh": {"data": 2, "fsdp": 2}},
+        pytest.param(FIRST_VALUES | {"residual": "plain"}, marks=pytest.mark.slow),
+    ],
+)
 def test_evaluation(keys):
     """Cross-entropy by position, of a forward pipeline."""
     case = made(config_of((2, 1, 4, 4), **keys))
@@ -265,7 +271,7 @@ def test_auxiliary_losses(monkeypatch):
         return made._replace(apply=apply)
 
     monkeypatch.setattr(transformer, "layer", layer)
-    case = made(config_of((2, 2, 4, 5), block_size=4))
+    case = made(config_of((2, 2, 4, 5), block_size=4, mesh={"data": 2}))
     penalty = lambda aux: 0.01 * sum(jnp.sum(a) for a in jax.tree.leaves(aux))  # noqa: E731
     chunked, *_ = case.pipe.pipeline.args
     case.pipe.pipeline = partial(Pipeline, replace(chunked, penalty=penalty), **case.pipe.pipeline.keywords)

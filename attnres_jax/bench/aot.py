@@ -78,14 +78,15 @@ def too_large(said: str) -> TooLarge | None:
 def measure(config: Config, vocab: int, on: Slice) -> dict[str, Any]:
     """What the compiler says of one arm; `fits` is false where it would not have it."""
     parameters, moments = fit.state(config, vocab, len(on.devices))
+    gradients = fit.gradients(config, parameters, len(on.devices))
     start = time.monotonic()
     try:
         program = compiled(config, vocab, on.devices)
     except TooLarge as over:
         rest = over.needed - parameters - moments
-        memory = fit.Memory(parameters, moments, parameters, rest, over.available)
+        memory = fit.Memory(parameters, moments, gradients, rest, over.available)
         return _said(memory, False) | {"compile_seconds": round(time.monotonic() - start, 1)}
-    memory = fit.Memory(parameters, moments, parameters, program.peak - parameters - moments, on.memory)
+    memory = fit.Memory(parameters, moments, gradients, program.peak - parameters - moments, on.memory)
     return (
         _said(memory, True)
         | {"compile_seconds": round(program.seconds, 1)}

@@ -26,7 +26,7 @@ class Memory(NamedTuple):
     optimizer: int
     """Moments."""
     gradients: int
-    """At least: one for each parameter. They are temporaries."""
+    """At least (`gradients`). They are temporaries."""
     temporaries: int
     """All that is live at the peak beside parameters, moments and tokens, by the compiler."""
     available: int
@@ -56,6 +56,13 @@ def state(config: Config, vocab: int, devices: int) -> tuple[int, int]:
     """Bytes of parameters and of moments on each of so many devices."""
     found = budget.rows(config, vocab, mesh.sizes(config.mesh.to_dict(), devices))
     return sum(row.parameter for row in found), sum(row.moments for row in found)
+
+
+def gradients(config: Config, parameters: int, devices: int) -> int:
+    """Bytes of one for each parameter that a device has at rest; in a pipeline of all of its stage's, which
+    `mesh.fsdp` does not divide while it runs."""
+    sizes = mesh.sizes(config.mesh.to_dict(), devices)
+    return parameters * (sizes["fsdp"] if sizes[mesh.STAGE] > 1 else 1)
 
 
 def knobs(config: Config, vocab: int, devices: int, memory: Memory) -> list[Knob]:
@@ -100,8 +107,10 @@ def fsdps(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[
         changes = {"mesh.data": sizes["data"] // factor, "mesh.fsdp": sizes["fsdp"] * factor}
         if not _legal(config, changes, vocab, devices):
             continue
-        parameters, moments = state(changed(config, changes), vocab, devices)
-        yield changes, parameters + moments + memory.temporaries - memory.gradients + parameters
+        other = changed(config, changes)
+        parameters, moments = state(other, vocab, devices)
+        kept = gradients(other, parameters, devices)
+        yield changes, parameters + moments + memory.temporaries - memory.gradients + kept
 
 
 def chunks(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, int]]:

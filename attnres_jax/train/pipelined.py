@@ -130,7 +130,9 @@ class Pipelined:
             return a.astype(self.model.dtype) if len(spec) else a
 
         layers = jax.tree.map(cast, parts.layers, self.specs)
-        return parts._replace(table=cast(parts.table), layers=layers, unembedding=cast(parts.unembedding))
+        shared = jax.tree.map(cast, parts.shared, self.pipeline.keywords["shared"])
+        whole = {"table": cast(parts.table), "unembedding": cast(parts.unembedding)}
+        return parts._replace(layers=layers, shared=shared, **whole)
 
     def _layers(self, micro, shared, mix, x):
         inputs, attend = _inputs(micro), self.attend
