@@ -34,7 +34,7 @@ SHAPES = {"2": (1, 1), "3/2": (3, 4), "1": (1, 2), "1/2": (1, 4), "1/4": (1, 8)}
 UNEVEN = "uneven"
 GROUPS = 3  # of P microbatches: slots of the cache are used again
 # Wider than the tests' model: at width 16 gradients of some rows of tokens change 500 times as much as the
-# parameters do, and rounding alone comes to the fp32 tolerance.
+# parameters do, and two orders of summing may differ by the fp32 tolerance.
 SIZE = {"model__width": 64, "model__mlp_width": 96}
 EXACT = 1e-12
 """Of fp64: the most that a gradient may be off."""
@@ -59,8 +59,9 @@ chunks part. There the static message forward may hold a row more than the windo
 and the most that is fresh are of different hops. Commits: {commits}.
 
 At width 16, which this page had before, one of 67 cells (4, 2, uneven) was 2.5e-05 off in fp32 and 4e-14 in
-fp64: the unpipelined model in fp32 was itself 2.0e-05 off its fp64 there. A tolerance says little where
-rounding alone comes to it, hence the wider model, and fp64 in every cell.
+fp64, where gradients of some rows of tokens change some hundred times as much as the parameters do: two orders
+of summing differ by the tolerance itself. Hence a wider model, and fp64, which rounding does not blur, in
+every cell. (A commit is called dirty where pages and rows that this command writes were not committed.)
 
 {cells}
 
