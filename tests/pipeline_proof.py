@@ -59,9 +59,9 @@ chunks part. There the static message forward may hold a row more than the windo
 and the most that is fresh are of different hops. Commits: {commits}.
 
 At width 16, which this page had before, one of 67 cells (4, 2, uneven) was 2.5e-05 off in fp32 and 4e-14 in
-fp64, where gradients of some rows of tokens change some hundred times as much as the parameters do: two orders
-of summing differ by the tolerance itself. Hence a wider model, and fp64, which rounding does not blur, in
-every cell. (A commit is called dirty where pages and rows that this command writes were not committed.)
+fp64: there gradients of some rows of tokens change some hundred times as much as the parameters do, and two
+orders of summing differ by the tolerance itself. Hence a wider model, and fp64, which rounding does not blur,
+in every cell. (A commit is called dirty where pages and rows that this command writes were not committed.)
 
 {cells}
 
