@@ -57,8 +57,8 @@ def take_all(folders: Sequence[Path], deep: Sequence[bool], at_once: int = 1) ->
 def take(folder: Path, deep: bool) -> Reading:
     """Of the run in `folder`; with a `look` if `deep`, or if one of the same model was kept before.
 
-    Where the text is gone it is what was kept, which is told. `RunError` if there is neither model nor file,
-    or the file does not do or cannot be written; `DataError` without text and file.
+    Where the text is gone or damaged it is what was kept, and that is told. `RunError` if there is neither
+    model nor file, or the file does not do or cannot be written; `DataError` without text and file.
     """
     file = folder / FILE
     if file.is_file() and not (folder / workdir.CHECKPOINTS).is_dir():
