@@ -1,4 +1,4 @@
-r"""Twelve transformer blocks of width 512 on 58 MB of English technical text: minutes on one H200.
+r"""Twelve transformer blocks of width 512 on 58 MB of English technical text: estimated minutes on one H200.
 
 Command   bash tests/h200_evidence.sh, whose head says what to prepare; or one run, the text as for technical:
           python -m attnres_jax train --config=gpu:block --workdir=runs/block   (or plain, full, mhc)
@@ -6,8 +6,8 @@ Hardware  one H200 or H100, bf16 activations over fp32 parameters
 Time      not measured: no GPU was lent. Estimate, H200: a token is 223 MFLOPs of training (inspect, plain;
           recomputation not counted), a run 8.2 M tokens, so 1.8 PFLOPs: 18 s at 0.1 of 990 TFLOP/s (bf16).
           A tenth, for half of the time of a step 2304 wide (docs/results/kernels) was no matrix product, and
-          here these have a quarter of the width. With Block at 1.2 of plain, Full at 1.6 and mHC at 3: 126 s
-          for a seed of all four
+          here these have a quarter of the width. With guesses for the others, Block 1.2 of plain, Full 1.6
+          and mHC 3: 126 s for a seed of all four
 Expect    not measured either; the rate was tried for no scheme
 """
 

@@ -14,7 +14,9 @@
 #
 # $OUT (default runs/gpu-out) gets evidence.tgz: pages, figures, and of each run all but its checkpoints, so that
 # the pages can be made again, and drawn otherwise, where it is unpacked, by the same sweep; log.txt; environment.txt.
-# Stopped by time a run saves: the same command goes on. KEYS are more overrides of the config, RUNS the runs' folder,
+# Stopped by time a run saves: the same command goes on. The exit code is that of the last sweep: 0 where all seeds that
+# were begun are finished, 124 where time stopped one or left none to begin with (137: it did not end then), else its error's;
+# 2 also for what is missing here. KEYS are more overrides of the config, RUNS the runs' folder,
 # SEEDS the most seeds, JOBS the runs at once: they share the GPU, so speeds on the pages are of four that share it.
 set -u
 cd "$(dirname "$0")/.." || exit
@@ -41,11 +43,12 @@ pack() {  # whole or not at all: the machine may be taken away at any time
     tar -czf "$OUT/.evidence.tgz" -C "$RUNS" --null -T - && mv "$OUT/.evidence.tgz" "$OUT/evidence.tgz"
 }
 
-took=0
+took=0 code=124
 for ((seeds = 1; seeds <= SEEDS; seeds++)); do
   begun=$SECONDS left=$((LIMIT - SECONDS))
-  # The next seed takes no longer than the one before, whose programs may have had to be compiled; a tenth to spare.
-  [ "$left" -gt $((took * 11 / 10)) ] || { echo "no time for seed $((seeds - 1))"; break; }
+  # Half again as long as the one before, a guess: seed 0 also compiled the runs' programs, but from seed 1 on there
+  # are pages, for which more is compiled, and all runs so far are looked at again.
+  [ "$left" -gt $((took * 3 / 2)) ] || { echo "no time for seed $((seeds - 1))"; break; }
   echo "== $seeds seeds, $left s left" | tee -a "$OUT/log.txt"
   timeout -k 25 "$left" "$PYTHON" -m attnres_jax sweep table4 --config=gpu --rows=baseline,block-s4,full,mhc \
     --seeds="$seeds" --jobs="$JOBS" --out="$RUNS" "--config.data.corpus=$CORPUS" "${KEYS[@]}" 2>&1 |
@@ -56,3 +59,4 @@ for ((seeds = 1; seeds <= SEEDS; seeds++)); do
   [ "$code" = 0 ] && [ "$SECONDS" -lt "$LIMIT" ] || break
 done
 [ "$seeds" -gt 1 ] || tail -n 5 "$RUNS"/*/log.txt  # why not even one seed came to its end
+exit "$code"

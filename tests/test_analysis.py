@@ -327,6 +327,15 @@ def test_weights_that_are_no_shares_have_their_own_scale():
     assert {"0", "2"} <= {label.get_text() for label in panels[-1].get_yticklabels()}
 
 
+def test_weights_of_a_run_that_diverged_are_blank():
+    """All NaN: no colour but that of what is no source, on the scale of shares."""
+    panels = figures.weight_heatmap(np.full((3, 3), np.nan), "am", BlockSchedule(2, 1)).axes
+    image = panels[0].images[0]
+    assert np.ma.getmaskarray(np.ma.asarray(image.get_array())).all()
+    assert (image.norm.vmin, image.norm.vmax) == (0, 1)
+    assert not list(untidy(panels[0].figure))
+
+
 def test_seeds_of_many_schemes_are_not_drawn_one_by_one():
     for count, seeds in ((6, 2), (7, 0)):
         series = [figures.Series(f"scheme{n}", [1, 2], [1.0, 2.0]) for n in range(count) for _ in range(2)]

@@ -60,13 +60,13 @@ def session(tmp_path, corpus, **more):
 
 
 def pretended(tmp_path, corpus, nap="0.01", **more):
-    """With a stand-in for Python; what it printed, and the sweeps it asked for."""
+    """With a stand-in for Python; what it printed, the sweeps it asked for, and its exit code."""
     fake, calls = tmp_path / "python", tmp_path / "calls"
     fake.write_text(FAKE)
     fake.chmod(0o755)
     keys = {"PYTHON": str(fake), "CALLS": str(calls), "NAP": nap, "BREAKS": "99"} | more
-    said, _ = session(tmp_path, corpus, **keys)
-    return said, calls.read_text().splitlines()
+    said, code = session(tmp_path, corpus, **keys)
+    return said, calls.read_text().splitlines() if calls.is_file() else [], code
 
 
 def packed(tmp_path):
@@ -109,7 +109,7 @@ def test_inspect(corpus, capsys):
 
 def test_a_seed_after_the_other(tmp_path, corpus):
     """Each round is a command that is understood; what comes back is pages and runs without checkpoints."""
-    said, calls = pretended(tmp_path, corpus, SEEDS="3", JOBS="2", KEYS="--config.train.log_every=5")
+    said, calls, code = pretended(tmp_path, corpus, SEEDS="3", JOBS="2", KEYS="--config.train.log_every=5")
     assert [call.split("--seeds=")[1][0] for call in calls] == ["1", "2", "3"]
     args = __main__._parse(calls[-1].split()[2:])
     assert (args.name, args.config, args.rows, args.jobs) == ("table4", "gpu", [*ROWS], 2)
@@ -123,18 +123,26 @@ def test_a_seed_after_the_other(tmp_path, corpus):
         "environment.txt",
     }
     assert "== 3 seeds: exit 0" in said
+    assert code == 0
 
 
 def test_no_seed_is_begun_that_does_not_fit(tmp_path, corpus):
-    said, calls = pretended(tmp_path, corpus, nap="4", LIMIT="12")
-    assert len(calls) == 2
+    """Of 14 s two seeds take 8, and half again as long as one is 6; that is no failure."""
+    said, calls, code = pretended(tmp_path, corpus, nap="4", LIMIT="14")
+    assert (len(calls), code) == (2, 0)
     assert "no time for seed 2" in said
+
+
+def test_no_time_at_all(tmp_path, corpus):
+    said, calls, code = pretended(tmp_path, corpus, LIMIT="0")
+    assert (calls, code) == ([], 124)
+    assert "no time for seed 0" in said
 
 
 def test_stopped_by_time(tmp_path, corpus):
     """SIGTERM, on which a sweep saves; what there is comes back, and why."""
-    said, calls = pretended(tmp_path, corpus, nap="60", LIMIT="2")
-    assert len(calls) == 1
+    said, calls, code = pretended(tmp_path, corpus, nap="60", LIMIT="2")
+    assert (len(calls), code) == (1, 124)
     assert "== 1 seeds: exit 124" in said
     assert "out of luck" in said
     assert {"saved", "full-1/log.txt"} <= packed(tmp_path)
@@ -142,8 +150,8 @@ def test_stopped_by_time(tmp_path, corpus):
 
 
 def test_a_failure_ends_it_and_keeps_what_there_was(tmp_path, corpus):
-    said, calls = pretended(tmp_path, corpus, BREAKS="2")
-    assert len(calls) == 2
+    said, calls, code = pretended(tmp_path, corpus, BREAKS="2")
+    assert (len(calls), code) == (2, 2)
     assert "== 2 seeds: exit 2" in said
     assert "README.md" in packed(tmp_path)
 

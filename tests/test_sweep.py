@@ -163,6 +163,21 @@ def test_a_failed_run_is_told_with_its_reason_after_the_others(tmp_path, capsys)
     assert f"{made[0].folder}: failed (1), 1 runs left\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["table4", "block_size"])
+def test_one_seed_makes_no_pages_and_says_so(name, tmp_path, capsys, monkeypatch):
+    compared = []
+    monkeypatch.setattr(runs, "compare", lambda *words: compared.append(words))
+    made = [job(tmp_path, "a")]
+    sweep.sweep(sweeps.SWEEPS[name], made, 1, tmp_path)
+    said = "no pages of evidence: their intervals take two seeds (--seeds=2)"
+    assert capsys.readouterr().err.count(f"{said}\n") == (name == "table4")
+    (tmp_path / "README.md").touch()
+    sweep.sweep(sweeps.SWEEPS[name], made, 1, tmp_path)
+    again = f"{said}; {tmp_path / 'README.md'} is an earlier sweep's\n"
+    assert capsys.readouterr().err.count(again) == (name == "table4")
+    assert len(compared) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_children_and_starts_no_more(number, tmp_path, capsys):
     made = [job(tmp_path, "a", "wait"), job(tmp_path, "b")]

@@ -22,7 +22,8 @@ from attnres_jax.schedule import BlockSchedule
 COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00", "mhc": "#009E73"}
 DASHES = ("-", "--", ":", "-.")
 OTHERS = ("#882255", "#CC79A7", "#E69F00", "#56B4E9")
-"""None of those above: a scheme without a colour of its own is not taken for one that has one."""
+"""For schemes without a colour of their own, by a hash of the name: two of them may share one, but none has
+the colour of a scheme above."""
 FEW = 6
 """Schemes whose seeds are drawn one by one, and named inside the first panel."""
 MATRICES = 4
@@ -167,8 +168,9 @@ def _tick_values(norm):
 
 
 def _weight_colours(entries):
-    """The one scale of weights that are shares; another where some are not, as DenseFormer's."""
-    shares = np.min(entries) >= -1e-6 and np.max(entries) <= 1 + 1e-6
+    """The one scale of weights that are shares, or of none (all NaN); another where some are not, as
+    DenseFormer's."""
+    shares = bool(np.all((entries >= -1e-6) & (entries <= 1 + 1e-6)))
     return (WEIGHT_NORM, "viridis") if shares else _matrix_colours(entries)
 
 
@@ -281,7 +283,11 @@ def blank(
 
 
 def _lines(axes: Axes, lines, **look):
-    """A line for each label, the mean of its seeds, which are faint; twins in colour get dashes."""
+    """A line for each label: the mean over its seeds, at the x that all of them have.
+
+    Of at most `FEW` labels the seeds, if several, are drawn too, faint. Labels of one colour are told apart
+    by `DASHES`, which begin again after the last. `look` is that of the means alone.
+    """
     labels = list(dict.fromkeys(line.label for line in lines))
     for label in labels:
         twins = [other for other in labels if colour(other) == colour(label)]

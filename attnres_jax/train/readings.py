@@ -5,7 +5,11 @@ run's folder as reading.npz. Where they are not, it is what was kept: a run that
 compared, and its figures drawn again, without its checkpoints (three times the parameters) and its text.
 """
 
+import contextlib
 import os
+import sys
+import threading
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +25,7 @@ from attnres_jax.analysis.matrix import diagonal, one_token
 from attnres_jax.analysis.outputs import Shares, shares, without_each
 from attnres_jax.models.table import parameter_table
 from attnres_jax.train import checkpoint, workdir
-from attnres_jax.train.data import heldout_windows, open_corpus
+from attnres_jax.train.data import DataError, heldout_windows, open_corpus
 
 FILE = "reading.npz"
 WINDOWS = 4
@@ -41,7 +45,7 @@ class Reading(NamedTuple):
     """M of the last token of the first held-out window, [L+1, L+1]: what a channel passes on to itself, in
     the mean over channels."""
     look: Look | None
-    """Only where asked for: L + 1 losses."""
+    """Where it was asked for, now or before: L + 1 losses."""
 
 
 def take_all(folders: Sequence[Path], deep: Sequence[bool], at_once: int = 1) -> list[Reading]:
@@ -51,19 +55,48 @@ def take_all(folders: Sequence[Path], deep: Sequence[bool], at_once: int = 1) ->
 
 
 def take(folder: Path, deep: bool) -> Reading:
-    """Of the run in `folder`; with a `look` if `deep`. `RunError` if there is neither model nor file."""
+    """Of the run in `folder`; with a `look` if `deep`, or if one of the same model was kept before.
+
+    Where the text is gone or damaged it is what was kept, and that is told. `RunError` if there is neither
+    model nor file, or the file does not do or cannot be written; `DataError` without text and file.
+    """
     file = folder / FILE
-    if (folder / workdir.CHECKPOINTS).is_dir() or not file.is_file():
-        reading = _taken(folder, deep)
-        _keep(reading, file)
+    if file.is_file() and not (folder / workdir.CHECKPOINTS).is_dir():
+        return _enough(file, deep, f"{folder} has no {workdir.CHECKPOINTS} to take them from")
+    try:
+        taken = _taken(folder, deep)
+    except DataError as error:
+        if not file.is_file():
+            raise
+        reading = _enough(file, deep, str(error))
+        print(f"{error}; of {folder} what {file.name} kept is used", file=sys.stderr)
         return reading
+    reading = _with_kept_look(taken, file)
+    _keep(reading, file)
+    return reading
+
+
+def _enough(file, deep, without):
+    """What was kept, if it is as deep as asked for."""
     reading = _kept(file)
     if deep and reading.look is None:
         raise workdir.RunError(
-            f"{file} is without the losses that pages of evidence need, and {folder} has no "
-            f"{workdir.CHECKPOINTS} to take them from: bring these too"
+            f"{file} is without the losses that pages of evidence need, and {without}: bring these too"
         )
     return reading
+
+
+def _with_kept_look(taken, file):
+    """`taken`; where it is shallow, with the look of a kept one that is of the same model, to the bit."""
+    if taken.look is not None or not file.is_file():
+        return taken
+    try:
+        kept = _kept(file)
+    except workdir.RunError:  # it is replaced
+        return taken
+    both = [jax.tree.leaves((one.statistics, one.matrix)) for one in (taken, kept)]
+    same = all(np.array_equal(new, old, equal_nan=True) for new, old in zip(*both, strict=True))
+    return taken._replace(look=kept.look) if same else taken
 
 
 def _taken(folder, deep):
@@ -107,17 +140,43 @@ _DEEP = _SHALLOW._replace(look=Look(Shares(*[_NUMBER] * 3), _NUMBER))
 
 
 def _keep(reading, file):
-    """Whole or not at all."""
-    draft = file.with_name(f".{file.name}")
-    leaves = jax.tree.leaves_with_path(reading)
-    with draft.open("wb") as out:
-        np.savez(out, **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
-    draft.replace(file)
+    """Whole or not at all; the draft is this thread's own, for others may write the same file."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with draft.open("wb") as out:
+            np.savez(out, **_by_name(reading))
+        draft.replace(file)
+    except OSError as error:
+        raise workdir.RunError(
+            f"{file} cannot be written ({error.strerror or error}): make the folder writable, or copy the "
+            "run to one that is"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it has its name, or never was
+            draft.unlink()
 
 
 def _kept(file):
-    with np.load(file) as kept:
-        like = _DEEP if len(kept.files) == len(jax.tree.leaves(_DEEP)) else _SHALLOW
-        found = [kept[jax.tree_util.keystr(path)] for path, _ in jax.tree.leaves_with_path(like)]
-    reading = jax.tree.unflatten(jax.tree.structure(like), found)
-    return reading._replace(device=str(reading.device), parameters=int(reading.parameters))
+    """`RunError` if it is damaged, or another version's."""
+    try:
+        with file.open("rb") as opened, np.load(opened) as kept:
+            found = dict(kept)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise _unknown(file, f"it cannot be read ({error})") from error
+    for like in (_SHALLOW, _DEEP):
+        if found.keys() == _by_name(like).keys():
+            leaves = [found[name] for name in _by_name(like)]
+            reading = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return reading._replace(device=str(reading.device), parameters=int(reading.parameters))
+    raise _unknown(file, f"it has other arrays ({', '.join(found)})")
+
+
+def _unknown(file, why):
+    return workdir.RunError(
+        f"{file} is not a reading of this version: {why}. Bring the run's {workdir.CHECKPOINTS} and text, "
+        "and the same command makes it anew"
+    )
+
+
+def _by_name(reading):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(reading)}

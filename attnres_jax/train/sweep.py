@@ -75,13 +75,22 @@ def sweep(chosen: Sweep, made: Sequence[Job], at_once: int, out: Path) -> None:
             f"{_last_line(first)!r}; the same command goes on with them"
         )
     folders = [job.folder for job in made]
-    if chosen.claims and len({job.member.config.seed for job in made}) > 1:
+    several = len({job.member.config.seed for job in made}) > 1
+    if chosen.claims and not several:
+        print(_no_pages(out), file=sys.stderr)
+    if chosen.claims and several:
         command = shlex.join(["python", "-m", "attnres_jax", *sys.argv[1:]])
         runs.evidence(folders, command, out, at_once)
     else:
         runs.compare(folders, out, at_once)
     if chosen.sizes:
         runs.fit_scaling(folders, False, out)
+
+
+def _no_pages(out):
+    page = out / "README.md"
+    old = f"; {page} is an earlier sweep's" if page.is_file() else ""
+    return f"no pages of evidence: their intervals take two seeds (--seeds=2){old}"
 
 
 def jobs(sweep: Sweep, config: str, overrides: Sequence[str], seeds: int, out: Path) -> list[Job]:
