@@ -149,6 +149,7 @@ def test_every_scheme(name):
         ({"fsdp": 2, "tensor": 2}, {"residual": "plain"}),
         ({"data": 2, "fsdp": 2}, {"residual": "mhc"}),
         ({"fsdp": 2, "tensor": 2}, FIRST_VALUES),
+        ({"fsdp": 2}, {"model__width": 256}),  # parts of whole registers
     ],
 )
 def test_with_other_mesh_axes(mesh, keys):

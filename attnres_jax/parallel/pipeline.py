@@ -103,6 +103,8 @@ class Pipeline:
     spec: P
     specs: Mapping[str, PyTree]
     columns: P
+    gradients: Parts
+    """Where gradients lie, by the axes that are manual: `stage`, and `fsdp` as their parameters do."""
     shared: PyTree = ()
 
     def loss(self, parts: Parts, batch: PyTree) -> tuple[Array, Any]:
@@ -151,7 +153,7 @@ class Pipeline:
             run,
             mesh=self.mesh,
             in_specs=(spec, rows),
-            out_specs=(P(), spec) if gradients else P(),
+            out_specs=(P(), self.gradients) if gradients else P(),
             axis_names={STAGE, *BATCH},
             check_vma=False,
         )(parts, batch)
@@ -160,6 +162,19 @@ class Pipeline:
         value, gradient = found
         own = gradient.unembedding
         return value, gradient._replace(unembedding=own.reshape(len(own), -1))
+
+
+def _summed_over_rows(g, spec):
+    """The sum over the devices that have other rows, each of which keeps its part, if `fsdp` cuts it."""
+    if "fsdp" not in spec:
+        return lax.psum(g, BATCH)
+    axis, devices = spec.index("fsdp"), lax.axis_size("fsdp")
+    if g.shape[axis] // devices % 128:  # libtpu 0.0.50 refuses a psum_scatter of some such parts
+        parts = jnp.moveaxis(g.reshape(*g.shape[:axis], devices, -1, *g.shape[axis + 1 :]), axis, 0)
+        g = jnp.sum(lax.all_to_all(parts, "fsdp", 0, 0), 0)
+    else:
+        g = lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True)
+    return lax.psum(g, "data")
 
 
 class _Unit(NamedTuple):
@@ -214,7 +229,9 @@ class _Run:
         state = self._placed(self._ticks(state, ahead + both, ahead + both + behind, False, True))
         d = state.gradient
         layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), d.layers)
-        d = lax.psum(d._replace(layers=layers, unembedding=d.unembedding[..., None]), BATCH)
+        d = d._replace(layers=layers, unembedding=d.unembedding[..., None])
+        d = jax.tree.map(_summed_over_rows, d, self.pipeline.gradients)
+        d = d._replace(unembedding=lax.all_gather(d.unembedding, STAGE, axis=2, tiled=True))
         of_all = {name: lax.psum(getattr(d, name), STAGE) for name in ("table", "mix", "last", "shared")}
         return self._found(state), d._replace(**of_all)
 

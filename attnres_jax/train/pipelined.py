@@ -49,11 +49,11 @@ class Pipelined:
         self.place = Placement(mesh, P(None, "tensor"))  # of the rows that a device has
         self.attend = transformer.attending(model, implementation, self.place)
         self.stages = mesh.shape[meshes.STAGE]
-        self.specs = _specs(model, mesh)
+        self.specs = _specs(model, mesh, _automatic)
         layers = layout(config, model, self.stages)
         self.staged, self.unstaged = layers.staged, layers.unstaged
         scheme = replace(model.scheme, implementation=implementation, placement=self.place)
-        self.shares = model.value_residual > 0
+        self.shares, self.abstract = model.value_residual > 0, transformer.abstract(model)
         table = Timetable(self.stages, config.train.virtual_stages, config.train.accumulation)
         self.pipeline = partial(
             Pipeline,
@@ -63,9 +63,9 @@ class Pipelined:
             spec=self.place.spec,
             specs=self.specs,
             columns=COLUMNS,
+            gradients=self._gradients(mesh),
             shared={name: self.specs["a"][name] for name in ("norm", "value")} if self.shares else (),
         )
-        self.abstract = transformer.abstract(model)
 
     def loss(
         self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
@@ -102,6 +102,14 @@ class Pipelined:
         layers, last = (nnx.to_pure_dict(nnx.state(module)) for module in (whole.layers, whole.norm))
         shared = transformer.first_attention(layers) if self.shares else ()
         return Parts(whole.embed.embedding[...], layers, whole.mix.mix, last, whole.unembedding, shared)
+
+    def _gradients(self, mesh):
+        layers, head = _specs(self.model, mesh, _manual), P("fsdp")
+        shared = jax.tree.map(lambda _: P(), self.specs["a"]) if self.shares else {}
+        shared = {name: shared[name] for name in ("norm", "value")} if self.shares else ()
+        mix = jax.tree.map(lambda _: P(), self.model.scheme.init(self.model.sublayers, self.model.width))
+        last = jax.tree.map(lambda _: P(), nnx.to_pure_dict(nnx.state(self.abstract.norm)))
+        return Parts(P(None, "fsdp"), layers, mix, last, head, shared)
 
     def _model(self, head):
         return Model(
@@ -167,14 +175,21 @@ def _inputs(micro):
     return micro["tokens"][:, :-1]
 
 
-def _specs(model, mesh):
-    """Where the leaves of stacked layers lie on the axes that are automatic."""
-
-    def automatic(p):
-        return P(*(None if axis in BATCH else axis for axis in sharding.spec(p)[1:]))
-
-    places = sharding.shardings(state.shapes(model), parameters(model), mesh, automatic)
+def _specs(model, mesh, of):
+    """Of the leaves of stacked layers."""
+    places = sharding.shardings(state.shapes(model), parameters(model), mesh, of)
     return jax.tree.map(lambda place: place.spec, places["layers"])
+
+
+def _automatic(parameter):
+    """Where a layer's leaf lies on the axes that are automatic, the first axis of its stack left out."""
+    return P(*(None if axis in BATCH else axis for axis in sharding.spec(parameter)[1:]))
+
+
+def _manual(parameter):
+    """Where the gradient of a stack of leaves lies on the axes that are manual."""
+    rest = (axis if axis in BATCH else None for axis in sharding.spec(parameter)[1:])
+    return P(meshes.STAGE, *rest)
 
 
 def check(config: Config, model: ModelConfig) -> None:
