@@ -53,7 +53,8 @@ class Pipelined:
         layers = layout(config, model, self.stages)
         self.staged, self.unstaged = layers.staged, layers.unstaged
         scheme = replace(model.scheme, implementation=implementation, placement=self.place)
-        self.shares, self.abstract = model.value_residual > 0, transformer.abstract(model)
+        self.abstract, own = transformer.abstract(model), self.specs["a"]
+        self.shared = {name: own[name] for name in ("norm", "value")} if model.value_residual else ()
         table = Timetable(self.stages, config.train.virtual_stages, config.train.accumulation)
         self.pipeline = partial(
             Pipeline,
@@ -64,7 +65,7 @@ class Pipelined:
             specs=self.specs,
             columns=COLUMNS,
             gradients=self._gradients(mesh),
-            shared={name: self.specs["a"][name] for name in ("norm", "value")} if self.shares else (),
+            shared=self.shared,
         )
 
     def loss(
@@ -100,13 +101,13 @@ class Pipelined:
     def _parts(self, params):
         whole = state.merge(self.model, params)
         layers, last = (nnx.to_pure_dict(nnx.state(module)) for module in (whole.layers, whole.norm))
-        shared = transformer.first_attention(layers) if self.shares else ()
+        shared = transformer.first_attention(layers) if self.shared else ()
         return Parts(whole.embed.embedding[...], layers, whole.mix.mix, last, whole.unembedding, shared)
 
     def _gradients(self, mesh):
+        """`Pipeline.gradients`."""
         layers, head = _specs(self.model, mesh, _manual), P("fsdp")
-        shared = jax.tree.map(lambda _: P(), self.specs["a"]) if self.shares else {}
-        shared = {name: shared[name] for name in ("norm", "value")} if self.shares else ()
+        shared = jax.tree.map(lambda _: P(), self.shared)
         mix = jax.tree.map(lambda _: P(), self.model.scheme.init(self.model.sublayers, self.model.width))
         last = jax.tree.map(lambda _: P(), nnx.to_pure_dict(nnx.state(self.abstract.norm)))
         return Parts(P(None, "fsdp"), layers, mix, last, head, shared)
@@ -138,7 +139,7 @@ class Pipelined:
             return a.astype(self.model.dtype) if len(spec) else a
 
         layers = jax.tree.map(cast, parts.layers, self.specs)
-        shared = jax.tree.map(cast, parts.shared, self.pipeline.keywords["shared"])
+        shared = jax.tree.map(cast, parts.shared, self.shared)
         whole = {"table": cast(parts.table), "unembedding": cast(parts.unembedding)}
         return parts._replace(layers=layers, shared=shared, **whole)
 
