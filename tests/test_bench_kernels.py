@@ -107,25 +107,54 @@ def test_the_full_grid_has_each_case_once():
 
 
 def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
-    """Until the kernel's code changes."""
-    made, code, out = [], {"depth_mix": "a", "depth_merge": "a"}, tmp_path / "rows.jsonl"
+    """Until a kernel's program changes; a case that is refused is a row too."""
+    made, out = [], tmp_path / "rows.jsonl"
+    programs = dict.fromkeys(roofline.KERNELS, "a")
+
+    def traced(case, _):
+        if case.kernel == "depth_merge_forward":
+            raise ValueError("too large for this chip")
+        return case
 
     def measured(case, *_):
-        made.append(case)
-        return {"error": "too large for this chip"}
+        made.append(case.kernel)
+        return {"error": "the compiler refused"}
 
+    monkeypatch.setattr(roofline, "_traced", traced)
+    monkeypatch.setattr(roofline, "program", lambda case: programs[case.kernel])
     monkeypatch.setattr(roofline, "_measured", measured)
-    monkeypatch.setattr(roofline, "digest", code.get)
     monkeypatch.setattr(roofline.target, "devices", lambda *_: [None])
     sizes = {"all": False, "width": 128, "sources": 2, "reads": 1}
     words = [json.dumps(sizes | {"chip": "v5e", "out": str(out), "dumps": str(tmp_path)})]
-    for expected in (4, 4):
+    for _ in range(2):
         assert roofline.main(words) == 0
-        assert len(made) == len(out.read_text().splitlines()) == expected
-    code["depth_mix"] = "b"
+        assert len(made) == 3
+        assert len(out.read_text().splitlines()) == 4
+    programs["depth_mix_backward"] = "b"
     roofline.main(words)
-    assert [case.op for case in made[4:]] == ["depth_mix"] * 2
-    assert "too large for this chip" in capsys.readouterr().out
+    assert made[3:] == ["depth_mix_backward"]
+    said = capsys.readouterr().out
+    assert "the compiler refused" in said
+    assert said.count("too large for this chip") == 1
+
+
+def test_a_row_is_of_a_program():
+    """The same from a traced call again; another for another tile, or another order of blocks."""
+
+    def program(rows, order):
+        spec = pl.BlockSpec((rows, 128), lambda i, n: (order(i), 0))
+        shape = jax.ShapeDtypeStruct((128, 128), "bfloat16")
+        steps = (128 // rows,)
+        grid = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=steps, in_specs=[spec], out_specs=spec
+        )
+        run = pl.pallas_call(copies_nothing, grid_spec=grid, out_shape=shape)
+        return roofline.program(jax.jit(run).trace(jax.ShapeDtypeStruct((1,), "int32"), shape))
+
+    first = program(16, lambda i: i)
+    assert first == program(16, lambda i: i)
+    assert first != program(32, lambda i: i)
+    assert first != program(16, lambda i: 7 - i)
 
 
 def test_vmem_of_a_call_is_read():

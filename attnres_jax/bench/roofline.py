@@ -1,8 +1,8 @@
 """How far the TPU kernels are from their own DMA, by static analysis: libtpu compiles them, with no TPU.
 
 For each kernel, shape and chip: cycles of a grid step (`bundles`), bytes it moves (`grids`), their ratio,
-VMEM, spills, compile time. One JSON object a line; what the file already has for the same kernel code is not
-made again. A process a chip, for libtpu reads its dump flags once.
+VMEM, spills, compile time. One JSON object a line; what the file already has of the same program is not made
+again. A process a chip, for libtpu reads its dump flags once.
 """
 
 import hashlib
@@ -62,17 +62,20 @@ def cases(args: dict[str, Any]) -> Iterator[Case]:
             yield from (Case(kernel, width, r, s) for r, s in product(sources, reads))
 
 
-def key(chip: str, case: Case) -> dict[str, Any]:
-    """What names a row: a change of the kernel's code makes another."""
-    return {"chip": chip, **case._asdict(), "tokens": TOKENS, "dtype": "bfloat16", "code": digest(case.op)}
+def key(chip: str, case: Case, program: str) -> dict[str, Any]:
+    """What names a row: another program makes another, the same one from other code does not."""
+    digest = hashlib.sha256(program.encode()).hexdigest()[:12]
+    return {"chip": chip, **case._asdict(), "tokens": TOKENS, "dtype": "bfloat16", "program": digest}
 
 
-def digest(op: str) -> str:
-    """Of the TPU code of one op, and of what both share."""
-    folder = Path(importlib.import_module(f"pallas_kernels.{op}").__path__[0])
-    names = ("tpu.py", "config.py", "tuned.py", "../tpu.py")
-    text = b"".join((folder / name).read_bytes() for name in names)
-    return hashlib.sha256(text).hexdigest()[:12]
+def program(traced: Any) -> str:
+    """What makes the program of a traced call of one kernel: not where its source stands, nor its names."""
+    from attnres_jax.bench import grids
+
+    (call,) = grids.calls(traced.jaxpr.jaxpr)
+    # The text of a jaxpr has its kernel, grid and limits, but not which block comes at which step.
+    blocks = [str(block.index_map_jaxpr) for block in call.params["grid_mapping"].block_mappings]
+    return "\n".join([str(traced.jaxpr), *blocks])
 
 
 def run(args: dict[str, Any]) -> int:
@@ -93,10 +96,16 @@ def main(words: list[str]) -> int:
     done = _done(out)
     device = target.devices(chip, 1)[0]
     for case in cases(args):
-        names = key(chip, case)
+        try:
+            traced = _traced(case, device)
+            names, limit = key(chip, case, program(traced)), ""
+        except ValueError as refused:  # what the op says of sizes that it does not take
+            traced, limit = None, str(refused)
+            names = key(chip, case, limit)
         if json.dumps(names) in done:
             continue
-        row = names | _measured(case, device, chip, Path(args["dumps"]))
+        found = _measured(case, traced, device, chip, Path(args["dumps"])) if traced else {"error": limit}
+        row = names | found
         row |= {"versions": report.versions(), "commit": report.commit()}
         print(_line(row), flush=True)
         report.append(row, out)
@@ -104,7 +113,7 @@ def main(words: list[str]) -> int:
 
 
 def _done(out):
-    names = (*("chip", *Case._fields), "tokens", "dtype", "code")
+    names = (*("chip", *Case._fields), "tokens", "dtype", "program")
     rows = [row for row in report.rows(out) if row["chip"] in target.SLICES]
     return {json.dumps({name: row[name] for name in names}) for row in rows}
 
@@ -118,30 +127,33 @@ def _line(row):
     return f"{what} {row['cycles']:6} cycles, {row['ratio']:.2f} of DMA, {memory}, {took}"
 
 
-def _measured(case, device, chip, dumps):
+def _traced(case, device):
+    """The call of a kernel, traced for the chip. Raises `ValueError` of sizes that the op does not take."""
+    import jax
+
+    kind = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
+    )
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        return jax.jit(_function(case)).trace(*_arguments(case, device))
+
+
+def _measured(case, traced, device, chip, dumps):
     import jax
 
     from attnres_jax.bench import grids
 
     shutil.rmtree(dumps)
     dumps.mkdir()
-    kind = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
-    )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
-        try:
-            traced = jax.jit(_function(case)).trace(*_arguments(case, device))
-        except ValueError as limit:  # what the op says of sizes that it does not take
-            return {"error": str(limit)}
-        (call,) = grids.calls(traced.jaxpr.jaxpr)
-        # The rows of sources are copied by hand, each once; the buffer Phase 2 writes rows of is not read.
-        share = float(case.op == "depth_mix")
-        moved = grids.moved(call, [_scalars(case)], lambda _: share)
-        start = time.monotonic()
-        try:
-            text = traced.lower().compile().as_text() or ""
-        except jax.errors.JaxRuntimeError as refused:
-            return {"error": str(refused).splitlines()[0]}
+    (call,) = grids.calls(traced.jaxpr.jaxpr)
+    # The rows of sources are copied by hand, each once; the buffer Phase 2 writes rows of is not read.
+    share = float(case.op == "depth_mix")
+    moved = grids.moved(call, [_scalars(case)], lambda _: share)
+    start = time.monotonic()
+    try:
+        text = traced.lower().compile().as_text() or ""
+    except jax.errors.JaxRuntimeError as refused:
+        return {"error": str(refused).splitlines()[0]}
     seconds = time.monotonic() - start
     per_core = target.info(device).mem_bw_bytes_per_second
     return _static(case, dumps, moved, CLOCK[chip] / per_core) | {
