@@ -1,6 +1,7 @@
 """Static analysis of kernels: cycles of a small schedule, bytes from grids, no row made twice."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,18 @@ def test_a_branch_on_anything_else_is_of_every_step():
     """The pipeline skips its body by a condition made beforehand, which is compared with zero too."""
     step = bundles.step(SCHEDULE.replace("%s3_s2 = sphi", "%s3_s2 = scalar_select"))
     assert (step.starting, step.cycles) == (0, 12 + 2 + 8 * 3)
+
+
+def test_a_predicate_is_not_another_that_begins_like_it():
+    step = bundles.step(SCHEDULE.replace("(%p10_p0)", "(%p1_p0)"))
+    assert (step.starting, step.cycles) == (0, 12 + 2 + 8 * 3)
+
+
+def test_the_beginning_of_a_loop_may_bear_no_mark():
+    """libtpu, v4: `LB:` without the `>` that the loop's other bundles have."""
+    marked, bare = re.subn(r"LB: >> ", "LB:  ", SCHEDULE)
+    assert bare == 2
+    assert bundles.step(marked, unknown=5) == bundles.step(SCHEDULE, unknown=5)
 
 
 def test_loops_nest():

@@ -48,7 +48,10 @@ def read(text: str) -> list[Bundle]:
     for line in text.splitlines():
         match = _LINE.match(line)
         if match:
-            found.append(Bundle(match[2] == "LB", len(match[3]), match[4]))
+            depth = len(match[3])
+            if found and found[-1].begins and not found[-1].depth:  # libtpu marks not every beginning
+                found[-1] = found[-1]._replace(depth=depth)
+            found.append(Bundle(match[2] == "LB", depth, match[4]))
         elif found:
             found[-1] = found[-1]._replace(text=found[-1].text + line)
     return found
@@ -115,7 +118,7 @@ def _only_first(bundles, grid):
 def _tests_zero(bundles, grid, predicate):
     """Whether it is "a counter of the grid's loop is not zero", and no condition made beforehand."""
     text = " ".join(bundle.text for bundle in bundles[grid.first : grid.end])
-    test = re.search(rf"%{predicate}\w* = scmp\.ne\.s32\.totalorder (%\w+), 0\b", text)
+    test = re.search(rf"%{predicate}(?:_\w+)? = scmp\.ne\.s32\.totalorder (%\w+), 0\b", text)
     return test is not None and f"{test[1]} = sphi" in text
 
 
