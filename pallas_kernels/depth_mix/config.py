@@ -14,11 +14,13 @@ STEP = 2 << 20
 
 
 class Config(NamedTuple):
-    """Tokens of a grid step and of a group, how halves of weights lie, TensorCores, and bytes of VMEM."""
+    """Tokens of a grid step and of a group, how halves of weights lie, groups of one backward loop body,
+    TensorCores, and bytes of VMEM."""
 
     tile: int
     group: int
     beside: bool
+    several: int
     cores: int
     vmem: int
 
@@ -36,7 +38,8 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
         tile //= 2
     while tile > group and vmem_bytes(direction, S, R, D, dtype, tile, group) > limit:
         tile //= 2
-    return Config(tile, group, beside(S, R), cores if math.ceil(tokens / tile) % cores == 0 else 1, limit)
+    cores = cores if math.ceil(tokens / tile) % cores == 0 else 1
+    return Config(tile, group, beside(S, R), _several(S, R, D, dtype, tile, group), cores, limit)
 
 
 def group_of(S: int, R: int, D: int, dtype: DTypeLike) -> int:
@@ -49,6 +52,17 @@ def group_of(S: int, R: int, D: int, dtype: DTypeLike) -> int:
         if R * group <= width and S * group <= 4 * LANES and fits:
             return group
     return 8
+
+
+def _several(S, R, D, dtype, tile, group):
+    """Groups of one backward loop body, a power of two: of 128 tokens, fewer where a row is wide.
+
+    One where D > 2048: its products are long enough to hide what a softmax waits for."""
+    wanted = max(1, LANES * min(1024, D) // D // group) if D <= 2048 else 1
+    several = math.gcd(tile // group, 2 ** (wanted.bit_length() - 1))
+    while several > 1 and vmem_bytes("backward", S, R, D, dtype, tile, group, several) > chip()[0]:
+        several //= 2
+    return several
 
 
 def beside(S: int, R: int) -> bool:
@@ -68,11 +82,16 @@ def tpu_refusal(S: int, R: int, D: int, dtype: DTypeLike) -> str | None:
     )
 
 
-def vmem_bytes(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: int, group: int) -> int:
-    """Buffers of the pipeline, W, and room for what is between two products."""
+def vmem_bytes(
+    direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: int, group: int, several: int = 1
+) -> int:
+    """Buffers of the pipeline, W, and room for what is between two products, of `several` groups."""
     row = tile * D * jnp.dtype(dtype).itemsize
     rows = 2 * R + 2 * S if direction == "forward" else 5 * R + 2 * S
     between = 4 * group * min(D, 1024) * (2 * S + R) + 4 * group * R * D
+    between += (
+        (several - 1) * group * D * (4 * R + 2 * S)
+    )  # sources in fp32 or their cotangents, and dO in bf16
     # Statistics go through the pipeline, weights lie beside them: [groups, S and a row, lanes] in fp32.
     between += 3 * 4 * (tile // group) * 8 * math.ceil((S + 1) / 8) * LANES * math.ceil(R * group / LANES)
     return rows * row + 12 * 8 * math.ceil(S / 8) * D + between + (2 << 20)

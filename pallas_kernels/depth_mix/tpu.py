@@ -34,6 +34,7 @@ class Sizes(NamedTuple):
     tile: int
     group: int
     beside: bool
+    several: int
     cores: int
     eps: float
     counted: bool
@@ -201,24 +202,18 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
     sources, refs = refs[:many], refs[many + many * add :]  # d_sources is read through its alias, the output
     d_w, *d_sources, buffer, sums, arrived, added, left = refs
     step, slot, third = pl.program_id(1), lax.rem(pl.program_id(1), 2), lax.rem(pl.program_id(1), 3)
+    copies = functools.partial(_copies, size, counts, sources, buffer, arrived)
+    sums_in = functools.partial(_copies, size, counts, d_sources, sums, added)
+    sums_out = functools.partial(_copies, size, counts, d_sources, sums, left, out=True)
     _clear(size, buffer)
 
     @pl.when(step == 0)
     def _():
         d_w[...] = jnp.zeros_like(d_w)
 
-    def copies(step, slot):
-        return _copies(size, counts, sources, buffer, arrived, step, slot)
-
-    def sums_in(step, slot):
-        return _copies(size, counts, d_sources, sums, added, step, slot)
-
-    def sumsoutput(step, slot):
-        return _copies(size, counts, d_sources, sums, left, step, slot, out=True)
-
     @pl.when(step >= 2)
     def _():
-        _each(sumsoutput(step - 2, lax.rem(step + 1, 3)), "wait")
+        _each(sums_out(step - 2, lax.rem(step + 1, 3)), "wait")
 
     _prefetch(size, step, copies)
     if add:
@@ -227,37 +222,65 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
     _each(copies(step, slot), "wait")
     visible = _visible(size, counts)
 
-    def group(q, carry):
-        rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
-        v, total = buffer.at[slot, :, q], sums.at[third, :, q]
-        stat = [stats[q, :, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
-        scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
-        weights, _ = _softmax(
-            size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
-        )
-        d_out = jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
-        d_weights = _traces(size, _dot(d_out, _rows(v), NT))
-        own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)
-        center = _over_sources(size, sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
-        center = center - _over_sources(size, own, jnp.add)
-        d_scores = [a * (d - center) for a, d in zip(weights, d_weights, strict=True)]
-        pulls = [d * r for d, r in zip(d_scores, rstd, strict=True)]
-        shrink = [
-            jnp.sum(p * s, 0, keepdims=True) * r / size.D for p, s, r in zip(pulls, scores, rstd, strict=True)
-        ]
-        _pull(size, weights, pulls, shrink, d_out, w, v, total if add else None, total)
-        pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
-        d_w[...] += _two_halves(pulls, _rows(v), NN)
+    def body(i, carry):
+        some = [i * size.several + k for k in range(size.several)]
+        held = [(buffer.at[slot, :, q], sums.at[third, :, q]) for q in some]
+        _pull_groups(size, some, held, add, visible, w, d_mixture, d_lse, stats, d_w)
         return carry
 
-    lax.fori_loop(0, size.groups, group, 0)
-    _each(sumsoutput(step, third), "start")
+    lax.fori_loop(0, size.groups // size.several, body, 0)
+    _each(sums_out(step, third), "start")
 
     @pl.when(step == size.steps - 1)
     def _():
-        _each(sumsoutput(step, third), "wait")
+        _each(sums_out(step, third), "wait")
         if size.steps > 1:
-            _each(sumsoutput(step - 1, lax.rem(step + 2, 3)), "wait")
+            _each(sums_out(step - 1, lax.rem(step + 2, 3)), "wait")
+
+
+def _pull_groups(size, some, held, add, visible, w, d_mixture, d_lse, stats, d_w):
+    """Cotangents of some groups, each stage for all of them: what waits in one is hidden by the others.
+
+    `held` are references to the sources of each, and to where the cotangents of its sources go."""
+    d_out = [_of_group(size, d_mixture, q) for q in some]
+    products = [_dot(d, _rows(v), NT) for d, (v, _) in zip(d_out, held, strict=True)]
+    found = [
+        _through_softmax(size, visible, stats.at[q], p, d_lse, q) for q, p in zip(some, products, strict=True)
+    ]
+    for d, (v, total), (weights, pulls, shrink) in zip(d_out, held, found, strict=True):
+        _pull(size, weights, pulls, shrink, d, w, v, total if add else None, total)
+    parts = []
+    for (v, _), (_, pulls, _) in zip(held, found, strict=True):
+        pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
+        parts.append(_two_halves(pulls, _rows(v), NN))
+    d_w[...] += functools.reduce(jnp.add, parts)
+
+
+def _through_softmax(size, visible, stats, products, d_lse, q):
+    """Weights, `pulls` (cotangents of w . v) and `shrink` (those of rstd, of which V's norm takes its part).
+
+    Of group q, from `products` dO V^T [S * group, R * group]; lists by registers of (source, token)."""
+    stat = [stats[:, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
+    scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
+    weights, _ = _softmax(
+        size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
+    )
+    d_weights = _traces(size, products)
+    own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)  # d_lse is the tile's
+    center = _over_sources(size, sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
+    center = center - _over_sources(size, own, jnp.add)
+    d_scores = [a * (d - center) for a, d in zip(weights, d_weights, strict=True)]
+    pulls = [d * r for d, r in zip(d_scores, rstd, strict=True)]
+    shrink = [
+        jnp.sum(p * s, 0, keepdims=True) * r / size.D for p, s, r in zip(pulls, scores, rstd, strict=True)
+    ]
+    return weights, pulls, shrink
+
+
+def _of_group(size, d_mixture, q):
+    """Cotangents of a group's mixtures, [S * group, D]."""
+    rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
+    return jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
 
 
 def _scores(size, w, v):
@@ -481,7 +504,17 @@ def _sizes(direction, w, sources, counts, eps):
     config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
     counted = any(n is not None for n in counts)
     return Sizes(
-        S, rows, tokens, D, config.tile, config.group, config.beside, config.cores, eps, counted
+        S,
+        rows,
+        tokens,
+        D,
+        config.tile,
+        config.group,
+        config.beside,
+        config.several,
+        config.cores,
+        eps,
+        counted,
     ), config.vmem
 
 
