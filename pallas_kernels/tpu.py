@@ -1,9 +1,13 @@
 """What the TPU kernels of both ops share: the chip's limits, from JAX's table, and how a kernel is called."""
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+NN, NT = ((1,), (0,)), ((1,), (1,))
+"""Contracted dimensions of `a b` and `a b^T`."""
 ASSUMED_VMEM = 64 << 20
 """Bytes, where no TPU is named (interpret mode): the least of the chips of today, v4 aside."""
 
@@ -29,3 +33,15 @@ def output(shape, dtype, like):
 def params(vmem):
     """Of a grid (cores, steps of a core), with `vmem` bytes."""
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem)
+
+
+def dot(a, b, contract):
+    """A product accumulated in fp32; fp32 operands at full precision."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32)
+
+
+def upper(x):
+    """What bf16 holds of fp32 exactly, its upper 16 bits, as fp32."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)

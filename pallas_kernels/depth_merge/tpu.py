@@ -16,10 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.depth_merge.config import tpu_config
 from pallas_kernels.depth_merge.vjp import Forward
-from pallas_kernels.tpu import LANES, output, params
+from pallas_kernels.tpu import LANES, NN, NT, dot, output, params, upper
 
-NN, NT = ((1,), (0,)), ((1,), (1,))
-"""Contracted dimensions of `a b` and `a b^T`."""
 ROWS = 32
 """Tokens that are worked on at once."""
 STATS = 8
@@ -196,7 +194,7 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
     left = _pieces(c_w, at["p"].dtype)
 
     def write(cols):
-        at["d_w"][:, cols] += _dot(left, at["p"][:, cols], NN)
+        at["d_w"][:, cols] += dot(left, at["p"][:, cols], NN)
         d_scale = 0.0
         for rows in _parts(pl.ds(0, size.tile), 16):
             load = functools.partial(_load, at, rows)
@@ -236,7 +234,7 @@ def _products(size, at, rows, normed):
     found, G = [], size.square
     for part in _parts(rows, G):
         p, o = at["sum"][part, :], at["o"][part, :]
-        out = _dot(jnp.concatenate([p, at["w"][...]], 0), jnp.concatenate([p, o], 0) if normed else p, NT)
+        out = dot(jnp.concatenate([p, at["w"][...]], 0), jnp.concatenate([p, o], 0) if normed else p, NT)
         square = [out[:G, first : first + G] for first in range(0, out.shape[1], G)]
         on = functools.reduce(jnp.equal, (lax.broadcasted_iota(jnp.int32, (G, G), k) for k in range(2)))
         square, *across = (jnp.sum(jnp.where(on, x, 0.0), 0, keepdims=True) for x in square)
@@ -259,23 +257,16 @@ def _spread(out, rows):
     pieces = [_stacked(*part) for part in zip(*(_thirds(row) for row in rows), strict=True)]
     left = _as_columns(jnp.concatenate(pieces, 0)).astype(jnp.bfloat16)
     row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, len(rows) * LANES), k) for k in range(2))
-    product = _dot(left, jnp.where(row % STATS == lane // LANES, 1.0, 0.0).astype(jnp.bfloat16), NN)
+    product = dot(left, jnp.where(row % STATS == lane // LANES, 1.0, 0.0).astype(jnp.bfloat16), NN)
     for k in range(len(rows)):
         out[k] = product[:, k * LANES : (k + 1) * LANES]
-
-
-def _dot(a, b, contract):
-    """A product accumulated in fp32; fp32 operands at full precision."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32)
 
 
 def _thirds(x):
     """fp32 as a sum of three that bf16 holds exactly."""
     parts = []
     for _ in range(2):
-        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        parts.append(lax.bitcast_convert_type(bits, jnp.float32))
+        parts.append(upper(x))
         x = x - parts[-1]
     return *parts, x
 

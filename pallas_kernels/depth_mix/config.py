@@ -89,9 +89,8 @@ def vmem_bytes(
     row = tile * D * jnp.dtype(dtype).itemsize
     rows = 2 * R + 2 * S if direction == "forward" else 5 * R + 2 * S
     between = 4 * group * min(D, 1024) * (2 * S + R) + 4 * group * R * D
-    between += (
-        (several - 1) * group * D * (4 * R + 2 * S)
-    )  # sources in fp32 or their cotangents, and dO in bf16
+    # Of each group more: sources in fp32, or their cotangents, and dO in bf16.
+    between += (several - 1) * group * D * (4 * R + 2 * S)
     # Statistics go through the pipeline, weights lie beside them: [groups, S and a row, lanes] in fp32.
     between += 3 * 4 * (tile // group) * 8 * math.ceil((S + 1) / 8) * LANES * math.ceil(R * group / LANES)
     return rows * row + 12 * 8 * math.ceil(S / 8) * D + between + (2 << 20)

@@ -16,10 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.depth_mix.config import tpu_config
 from pallas_kernels.depth_mix.vjp import Forward
-from pallas_kernels.tpu import LANES, output, params
+from pallas_kernels.tpu import LANES, NN, NT, dot, output, params, upper
 
-NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
-"""Contracted dimensions of `a b`, `a b^T` and `a^T b`."""
 WIDTH = 512
 """Columns of a mixture that are computed at once."""
 
@@ -243,7 +241,7 @@ def _pull_groups(size, some, held, add, visible, w, d_mixture, d_lse, stats, d_w
 
     `held` are references to the sources of each, and to where the cotangents of its sources go."""
     d_out = [_of_group(size, d_mixture, q) for q in some]
-    products = [_dot(d, _rows(v), NT) for d, (v, _) in zip(d_out, held, strict=True)]
+    products = [dot(d, _rows(v), NT) for d, (v, _) in zip(d_out, held, strict=True)]
     found = [
         _through_softmax(size, visible, stats.at[q], p, d_lse, q) for q, p in zip(some, products, strict=True)
     ]
@@ -285,7 +283,7 @@ def _of_group(size, d_mixture, q):
 
 def _scores(size, w, v):
     """Scores [S8, lanes] and rstd [8, lanes] of one group; lanes are (source, token)."""
-    raw, square = _both_halves(_dot(w[...], _rows(v), NT), size.S8), _squares(v)
+    raw, square = _both_halves(dot(w[...], _rows(v), NT), size.S8), _squares(v)
     rstd = lax.rsqrt(square / size.D + size.eps)
     return _widen(size, raw * jnp.concatenate([rstd] * (size.S8 // 8), 0)), _widen(size, rstd)
 
@@ -307,7 +305,7 @@ def _squares(v):
         tail = _rows(v, whole, D - whole).astype(jnp.float32)
         parts.append(tail * tail)
     halves = [h for p in parts for h in ((p,) if v.dtype == jnp.float32 else _halves(p))]
-    return sum(_dot(jnp.ones((16, h.shape[1]), h.dtype), h, NT) for h in halves)[:8]
+    return sum(dot(jnp.ones((16, h.shape[1]), h.dtype), h, NT) for h in halves)[:8]
 
 
 def _softmax(size, scores):
@@ -357,7 +355,7 @@ def _mix(size, weights, v, mixture, q):
     parts, copies = ([jnp.concatenate(parts, 1)], len(parts)) if size.beside else (parts, 1)
     left = _diagonal(size, [part[s : s + 1] for s in range(size.S) for part in parts]).astype(v.dtype)
     for at, width in _columns(size.D):
-        out = _dot(left, jnp.concatenate([_rows(v, at, width)] * copies, 0), NN)
+        out = dot(left, jnp.concatenate([_rows(v, at, width)] * copies, 0), NN)
         for s in range(size.S):
             of = [out[k * G : (k + 1) * G] for k in range(s * len(parts), (s + 1) * len(parts))]
             mixture[s, rows, pl.ds(at, width)] = sum(of).astype(mixture.dtype)
@@ -375,22 +373,15 @@ def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
     for at, width in _columns(size.D):
         cols = pl.ds(at, width)
         right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
-        total = _dot(left, right, NN) - shrink * _rows(v, at, width).astype(jnp.float32)
+        total = dot(left, right, NN) - shrink * _rows(v, at, width).astype(jnp.float32)
         if add is not None:
             total = total + _rows(add, at, width).astype(jnp.float32)
         out[:, :, cols] = total.astype(out.dtype).reshape(size.R, size.group, width)
 
 
-def _dot(a, b, contract):
-    """A product accumulated in fp32; fp32 operands at full precision."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32)
-
-
 def _halves(x):
     """fp32 as two bf16: the upper 16 bits, exactly, and 8 more."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
+    high = upper(x)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
@@ -406,7 +397,7 @@ def _both_halves(product, rows):
 
 
 def _two_halves(x, v, contract):
-    return _both_halves(_dot(_stack_halves(x, v.dtype), v, contract), len(x))
+    return _both_halves(dot(_stack_halves(x, v.dtype), v, contract), len(x))
 
 
 def _packed(w, dtype, size):
@@ -501,21 +492,8 @@ def _columns(D):
 
 def _sizes(direction, w, sources, counts, eps):
     (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
-    config = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
-    counted = any(n is not None for n in counts)
-    return Sizes(
-        S,
-        rows,
-        tokens,
-        D,
-        config.tile,
-        config.group,
-        config.beside,
-        config.several,
-        config.cores,
-        eps,
-        counted,
-    ), config.vmem
+    *tiled, vmem = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
+    return Sizes(S, rows, tokens, D, *tiled, eps, any(n is not None for n in counts)), vmem
 
 
 def _counts(counts, size):
