@@ -305,9 +305,8 @@ def _over_width(partial):
 
 
 def _stacked(*rows):
-    """[1, tokens] each, as statistics [8 or 16, tokens]."""
-    short = -len(rows) % STATS
-    return jnp.concatenate([*rows, *[jnp.zeros_like(rows[0])] * short], 0)
+    """[1, tokens] each, as statistics [STATS, tokens]."""
+    return jnp.concatenate([*rows, *[jnp.zeros_like(rows[0])] * (STATS - len(rows))], 0)
 
 
 def _fold(x):

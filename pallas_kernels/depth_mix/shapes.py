@@ -26,7 +26,6 @@ SHAPES = {
     "halves_beside": Shape(9, (4,), 128, 128),
     "many_reads": Shape(17, (3,), 128, 128),  # S is padded to 24
     "two_bodies": Shape(2, (3,), 128, 1152),  # of the backward loop, two groups each
-    "wide": Shape(2, (3,), 128, 2304),  # one group each
     "odd_width": Shape(2, (3,), 128, 1000),
     "odd_tokens": Shape(2, (3,), 63, 128, add=False),
     "one_token": Shape(1, (2,), 1, 128),
