@@ -101,9 +101,10 @@ CELLS = {
     "N_p 1": ((2, 2, 4, 4), {}),
     "N_p 2": ((2, 1, 4, 4), {}),
     "N_p 1/2, slots reused": ((2, 2, 12, 4), {"block_size": 4}),
-    "N_p 3/2": ((2, 2, 4, 6), {}),
+    "N_p 3/2, slots reused": ((2, 2, 6, 6), {}),
+    "N_p 2/3, three virtual": ((2, 3, 4, 6), {"block_size": 3}),
     "N_p 1/4": ((4, 2, 8, 8), {"block_size": 8}),
-    "three stages": ((3, 2, 6, 6), {}),
+    "three stages, slots reused": ((3, 2, 9, 6), {}),
     "eight stages": ((8, 1, 16, 8), {}),
     "four virtual": ((2, 4, 4, 8), {}),
     "uneven": ((2, 2, 4, 5), {"block_size": 4}),
@@ -135,9 +136,9 @@ OTHERS = [name for name in residuals.SCHEMES if name not in ("plain", "full", "b
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_scheme(name):
-    """Streams go around the ring as one; a block that is parted opens twice, and one that leaves another row
-    than its stream travels with both."""
-    assert_same(made(config_of((2, 2, 4, 5), name, 4, depth_heads=4)))
+    """Three stages, whose two rings differ. Streams go around as one; a block that is parted opens twice, and
+    one that leaves another row than its stream travels with both."""
+    assert_same(made(config_of((3, 2, 6, 7), name, 4, depth_heads=4)))
 
 
 @pytest.mark.slow
@@ -173,7 +174,7 @@ def test_with_what_a_run_may_have(keys):
 
 @pytest.mark.slow
 def test_bf16_is_no_worse_than_without_a_pipeline():
-    """Both against fp64, leaf by leaf: the pipeline's error is that of the model, and a little for luck."""
+    """Both against fp64, leaf by leaf: the pipeline's error is that of the model, in another order."""
     case = made(config_of((2, 2, 4, 4), model__dtype="bfloat16"))
     with jax.enable_x64(True):
         config = config_of((2, 2, 4, 4))
@@ -185,8 +186,8 @@ def test_bf16_is_no_worse_than_without_a_pipeline():
         {k: np.linalg.norm(gradient[k] - wanted[k]) / np.linalg.norm(wanted[k]) for k in wanted}
         for _, gradient in (run(case.pipe, case), run(case.whole, case))
     ]
-    assert max(errors[0].values()) < 1.15 * max(errors[1].values()) < 0.2
-    assert np.mean([*errors[0].values()]) < 1.1 * np.mean([*errors[1].values()])
+    assert max(errors[0].values()) < 1.05 * max(errors[1].values()) < 0.2
+    assert np.mean([*errors[0].values()]) < 1.02 * np.mean([*errors[1].values()])
 
 
 @pytest.mark.parametrize(

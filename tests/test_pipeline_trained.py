@@ -1,5 +1,7 @@
 """A pipeline in the trainer: checkpoints know no stages, resuming is exact, optimizers see the same."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from flax import nnx
 from test_pipeline import SMALL
 from test_train import compile_once  # noqa: F401 the fixture: starts of a run share their programs
 
-from attnres_jax import configs
+from attnres_jax import __main__, configs
 from attnres_jax.models.table import path_name
 from attnres_jax.train import data, loop, step, workdir
 from attnres_jax.train.checkpoint import Checkpoints, load_run
@@ -129,3 +131,19 @@ def test_a_vocabulary_that_stages_do_not_divide(corpus):
     ) as error:
         step.programs(config(corpus, **STAGED, **{"train.vocab_chunks": 3}), 20, jax.devices()[:2])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_evaluated_and_sampled(tmp_path, capsys):
+    """`eval` and `sample` take a run of stages on one device: the held-out loss is the pipeline's own."""
+    text = np.frombuffer(b"Stages keep step. " * 100, np.uint8)
+    data.prepare(tmp_path / "corpus", text[:1500], text[1500:], vocab=256, source="a sentence", bytewise=True)
+    run = tmp_path / "run"
+    train(config(tmp_path / "corpus", **STAGED), run, 0)
+    __main__.main(["eval", f"--workdir={run}"])
+    alone, staged = (json.loads((run / name).read_text()) for name in (f"eval-{LAST}.json", "eval.json"))
+    assert alone["tokens"] == staged["tokens"]
+    assert alone["bits_per_byte"] == pytest.approx(staged["bits_per_byte"], rel=1e-5)
+    capsys.readouterr()
+    __main__.main(["sample", f"--workdir={run}", "--prompt=Stages", "--length=4", "--temperature=0"])
+    assert capsys.readouterr().out.startswith("Stages")

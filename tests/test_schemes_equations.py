@@ -85,19 +85,19 @@ def test_mhc_lite(x64):
 
 
 @pytest.mark.parametrize("name", ["mhc", "mhc_lite"])
-@pytest.mark.parametrize("near_identity", [False, True])
-def test_doubly_stochastic(name, near_identity):
-    """fp32, 2000 tokens. Twenty iterations leave rows exact; columns where the logits are moderate, but
-    about 1e-3 off near the identity, where mHC starts: the gap that mHC-lite closes (2601.05732)."""
+@pytest.mark.parametrize(("near_identity", "spread"), [(0, 0.5), (1, 0), (1, 0.5)])
+def test_doubly_stochastic(name, near_identity, spread):
+    """fp32, 2000 tokens. Twenty iterations leave rows exact; columns where logits are moderate and as mHC
+    starts, but up to 1e-2 off in between: the gap that mHC-lite closes (2601.05732)."""
     scheme = make(name)
-    noise = np.random.default_rng(0).standard_normal((len(scheme.identity), 100, 20)) / 2
+    noise = spread * np.random.default_rng(0).standard_normal((len(scheme.identity), 100, 20))
     logits = near_identity * scheme.identity[:, None, None] + noise
     H = np.asarray(jax.jit(scheme.mixing)(logits.astype("float32")))
     assert H.shape == (M, M, 100, 20)
     assert H.min() >= 0
     np.testing.assert_allclose(H.sum(1), 1, atol=1e-6)
     gap = np.abs(H.sum(0) - 1).max()
-    assert 1e-4 < gap < 1e-2 if (name, near_identity) == ("mhc", True) else gap < 1e-6
+    assert 1e-4 < gap < 1e-2 if name == "mhc" and near_identity and spread else gap < 1e-6
 
 
 def test_mhc_is_tokamax():

@@ -89,7 +89,13 @@ GRID = [
     (stages, virtual, sublayers, size)
     for stages, virtual in itertools.product((2, 3, 4, 8), (1, 2, 4))
     for sublayers, size in ((2 * 32, 1), (2 * 32, 2), (2 * 32, 6), (2 * 32, 16), (2 * 33, 7), (2 * 48, 64))
-] + [(4, 2, 54, 6), (8, 1, 54, 6), (16, 1, 186, 12), (8, 2, 186, 24)]
+]
+# 27 and 93 transformer blocks.
+GRID += [
+    (stages, virtual, *depth)
+    for stages, virtual, depth in itertools.product((4, 8, 16), (1, 2), ((54, 6), (186, 12), (186, 24)))
+    if depth[0] // 2 >= stages * virtual
+]
 
 
 def stores(chunks):

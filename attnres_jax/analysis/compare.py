@@ -18,7 +18,7 @@ from attnres_jax import configs, residuals
 from attnres_jax.analysis import figures
 from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.figures import Series
-from attnres_jax.analysis.matrix import reach
+from attnres_jax.analysis.matrix import reach, row_sums
 from attnres_jax.analysis.statistics import Difference, difference
 
 BOOKKEEPING = (
@@ -188,13 +188,15 @@ def table(runs: Sequence[Run]) -> tuple[Table, str]:
 def reach_table(runs: Sequence[Run]) -> tuple[Table, str]:
     """Where reads look, by M of one token, mean over seeds: for the terminal, and as markdown."""
     header = ["scheme", "entropy, nats", "effective depth", "look-back, sublayers", "largest sink", "draws"]
+    header += ["row sum"]
     rich, lines = Table(*header), [header, ["---", *["---:"] * (len(header) - 1)]]
     for group in groups(runs):
         found = [reach(run.matrix) for run in group.runs.values()]
         means = [np.mean([getattr(one, name) for one in found]) for name in ("entropy", "effective", "back")]
         drawn = np.mean([one.drawn for one in found], 0)
         sink = int(np.argmax(drawn))
-        cells = [*(f"{mean:.2f}" for mean in means), f"v{sink}", f"{drawn[sink]:.2f}"]
+        rows = np.mean([row_sums(run.matrix) for run in group.runs.values()])
+        cells = [*(f"{mean:.2f}" for mean in means), f"v{sink}", f"{drawn[sink]:.2f}", f"{rows:.2f}"]
         rich.add_row(group.label, *cells)
         lines.append([group.label, *cells])
     return rich, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -233,6 +235,7 @@ REACHING = """
 By the shares |M| of each read, of the last token of the first held-out window, mean over reads and seeds.
 Effective depth: exp(entropy), the outputs a read has, were they equal. Look-back: the newest output is at 0.
 Sink: the output that draws most, v0 the embedding, as a multiple of an equal share of the reads that see it.
+Row sum: of M itself, 1 where reads are averages; l + 1 at read l of the plain residual.
 """
 
 

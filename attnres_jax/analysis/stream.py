@@ -9,7 +9,7 @@ statistics and norms are not: so the plain residual is 3, two reads and a write,
 
 Where the table differs: mHC's 8m + 2 is of a kernel for each of its equations; Full's S + N and Block's
 N / S + 5 are of two phases, S the dispatch unit, which read a source twice, as key and as value, and leave
-out that Phase 1's results are written.
+out that Phase 1's results are written. A window is counted as Full: here its reads mask what is outside.
 """
 
 import math

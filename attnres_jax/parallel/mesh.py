@@ -2,8 +2,8 @@
 
 `data` and `fsdp` divide the batch (fsdp the parameters too), `tensor` the heads, the MLP's channels and the
 vocabulary, and between sublayers the time axis; `stage` divides the layers (`pipeline.py`). `expert` has
-size 1 so far. Of several slices, which only a network joins (DCN), each has whole rows of `data`: one sum of
-gradients an update crosses it.
+size 1 so far. Of several slices, which only a network joins (DCN), each has whole rows of `data`: sums of
+gradients alone cross it.
 """
 
 import functools

@@ -122,8 +122,9 @@ class InputQuery(AttnRes):
     """Input-dependent queries (Table 4): `q_l = query_l + u_l W_l`, `u_l` the plain residual stream, normed.
 
     The plain stream is the sum of the read's sources; `W_l` (`query_map`) starts at zero. Queries that depend
-    on the input cannot be asked ahead: one phase, in jnp whatever the implementation. Which hidden state the
-    paper projects is left open there; this one needs nothing that a read does not have. W decays.
+    on the input cannot be asked ahead: one phase, in jnp whatever the implementation. The paper projects the
+    hidden state h_{l-1} without more; u_l needs nothing that a read does not have, the static query beside it
+    gives the start of AttnRes. Results are of this variant. W decays.
     """
 
     axes: ClassVar = {"query_map": "LD>K"}

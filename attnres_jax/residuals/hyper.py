@@ -18,7 +18,8 @@ class HC(States):
 
     At first (eq. 14) B is one, A_r the identity, A_m one stream, l mod m, W zero, s 0.01: every stream is the
     pre-norm residual. The output read sums them. W decays, the static part does not (section 4). Ours: the
-    norm is RMS without a scale, which W holds; the output matrices of sublayers start as they do elsewhere.
+    norm is RMS without a scale, which W holds; the output matrices of sublayers start as they do elsewhere,
+    not sqrt(m) times as large.
     """
 
     streams: int = 4

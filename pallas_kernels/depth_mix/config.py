@@ -55,8 +55,8 @@ def group_of(S: int, R: int, D: int, dtype: DTypeLike) -> int:
 
 
 def _several(S, R, D, dtype, tile, group):
-    """Groups of one backward loop body, a power of two: of 128 tokens, fewer where a row is wide; two at least,
-    if there is VMEM, so that one's products hide what the softmax of the other waits for."""
+    """Groups of one backward loop body, a power of two: of 128 tokens, fewer where a row is wide; at least
+    two, if there is VMEM, so that one's products hide what the softmax of the other waits for."""
     wanted = max(2, LANES * min(1024, D) // D // group)
     several = math.gcd(tile // group, 2 ** (wanted.bit_length() - 1))
     while several > 1 and vmem_bytes("backward", S, R, D, dtype, tile, group, several) > chip()[0]:
