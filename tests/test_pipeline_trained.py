@@ -139,7 +139,7 @@ def test_evaluated_and_sampled(tmp_path, capsys):
     text = np.frombuffer(b"Stages keep step. " * 100, np.uint8)
     data.prepare(tmp_path / "corpus", text[:1500], text[1500:], vocab=256, source="a sentence", bytewise=True)
     run = tmp_path / "run"
-    train(config(tmp_path / "corpus", **STAGED), run, 0)
+    train(config(tmp_path / "corpus", **STAGED, **{"train.eval_tokens": 0}), run, 0)
     __main__.main(["eval", f"--workdir={run}"])
     alone, staged = (json.loads((run / name).read_text()) for name in (f"eval-{LAST}.json", "eval.json"))
     assert alone["tokens"] == staged["tokens"]
