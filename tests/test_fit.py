@@ -216,6 +216,22 @@ def test_a_small_step_end_to_end(tmp_path, more):
 @needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
+def test_permutes_of_a_pipeline_run_beside_compute(tmp_path):
+    """On v5p, where they are asynchronous: blocks and their cotangents travel while a chunk runs."""
+    more = ["--topology=v5p:2x2x1", "--config.mesh.stage=2", "--config.train.virtual_stages=2"]
+    more += ["--config.model.blocks=4", "--config.train.accumulation=4", f"--out={tmp_path / 'r.json'}"]
+    code, _, error = compile_it(*more)
+    assert code == 0, error
+    (block,) = json.loads((tmp_path / "r.json").read_text())["arms"].values()
+    (permutes,) = (c for c in block["collectives"] if c["kind"] == "collective-permute")
+    assert permutes["runs"] > 8  # in every tick
+    assert permutes["exposed"] == 0
+    assert permutes["needed"] > 0
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
 def test_a_step_that_does_not_fit(tmp_path):
     """The compiler refuses it; the first knob in order is compiled and fits."""
     more = ["--vocab=65536", "--config.data.batch=2048", "--config.data.length=2048", "--tries=1"]
