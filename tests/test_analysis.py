@@ -18,13 +18,14 @@ from attnres_jax import configs
 from attnres_jax.analysis import compare, figures
 from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
 from attnres_jax.analysis.matrix import depth_matrix, reach
+from attnres_jax.configs import sweeps
 from attnres_jax.models.transformer import Transformer
-from attnres_jax.residuals import make
+from attnres_jax.residuals import SCHEMES, make
 from attnres_jax.schedule import BlockSchedule
 from attnres_jax.stack import Record
 from attnres_jax.train import checkpoint, data, runs
 
-SCHEMES = [("plain", 1), ("full", 1), ("block", 3), ("block", 4), ("block", 7)]
+CASES = [("plain", 1), ("full", 1), ("block", 3), ("block", 4), ("block", 7)]
 KINDS = "amamama"
 
 
@@ -35,7 +36,7 @@ def recorded(name, size, dtype=jnp.float32):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "size"), SCHEMES)
+@pytest.mark.parametrize(("name", "size"), CASES)
 def test_matrix_times_outputs_is_mixtures(name, size):
     scheme, record = recorded(name, size, jnp.float64)
     matrix = depth_matrix(scheme, record)
@@ -266,7 +267,7 @@ def test_loss_figure_marks_heldout_points_once():
     rows = compare.groups([run("plain"), run("full")])
     figure = figures.loss_curves(*compare._curves(rows))
     whole = figure.axes[0]
-    dots = [line for line in whole.lines if line.get_marker() == "o"]
+    dots = [line for line in whole.lines if line.get_linestyle() == "None"]
     assert [list(line.get_ydata()) for line in dots] == [[4.0, 2.5], [4.0, 2.5]]
     assert whole.get_ylabel() == "bits / byte"
     assert [text.get_text() for text in whole.get_legend().get_texts()] == ["plain", "full"]
@@ -282,6 +283,27 @@ def test_a_scheme_has_one_colour():
     lines = figures.depth_dynamics(series, series).axes[1].lines
     assert [to_hex(line.get_color()).upper() for line in lines] == ["#D55E00", "#0072B2", "#0072B2"]
     assert lines[1].get_linestyle() != lines[2].get_linestyle()
+
+
+def rows_of(sweep):
+    """The labels that a sweep's rows have in its figures."""
+    members = sweeps.members(sweep, "quick", seeds=1)
+    found = compare.groups([run("plain")._replace(config=configs.to_flat(m.config)) for m in members])
+    assert len(found) == len(sweep.rows)
+    return [group.label for group in found]
+
+
+@pytest.mark.parametrize("labels", [list(SCHEMES), *map(rows_of, sweeps.SWEEPS.values())])
+def test_no_two_look_alike(labels):
+    """Lines by colour, dash and marker, held-out dots by colour and marker; and a dot is its line's."""
+    series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in labels]
+    drawn = figures.loss_curves(series, series).axes[0].lines
+    lines, dots = drawn[: len(labels)], drawn[len(labels) :]
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == len(labels)
+    marks = [[(line.get_color(), line.get_marker()) for line in each] for each in (lines, dots)]
+    assert marks[0] == marks[1]
+    assert len(set(marks[1])) == len(labels)
+    assert [line.get_color() for line in lines] == [figures.colour(label) for label in labels]
 
 
 def test_seeds_are_averaged_in_one_line():
@@ -338,7 +360,8 @@ def test_weights_of_a_run_that_diverged_are_blank():
 
 def test_seeds_of_many_schemes_are_not_drawn_one_by_one():
     for count, seeds in ((6, 2), (7, 0)):
-        series = [figures.Series(f"scheme{n}", [1, 2], [1.0, 2.0]) for n in range(count) for _ in range(2)]
+        names = list(SCHEMES)[:count]
+        series = [figures.Series(name, [1, 2], [1.0, 2.0]) for name in names for _ in range(2)]
         lines = figures.depth_dynamics(series, series).axes[0].lines
         assert len(lines) == count * (1 + seeds)
 

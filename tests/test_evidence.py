@@ -21,7 +21,7 @@ from attnres_jax.analysis.outputs import Shares, shares, without_each
 from attnres_jax.analysis.paper import TABLE4
 from attnres_jax.configs import sweeps
 from attnres_jax.models.transformer import ModelConfig, Transformer
-from attnres_jax.residuals import make
+from attnres_jax.residuals import SCHEMES, make
 
 KINDS = "amamama"
 SIZES = {"vocab": 19, "blocks": 2, "width": 16, "heads": 2, "kv_heads": 2, "mlp_width": 24}
@@ -196,25 +196,25 @@ def test_every_row_of_table_4_is_a_scheme_with_a_number():
     assert sorted(TABLE4) == sorted(row["residual"] for row in sweeps.TABLE4.values())
 
 
-def test_matrices_are_coloured_as_far_as_they_go():
-    """2.5, the largest below the diagonal, is the end of the scale; what lies above the diagonal is not M."""
-    large = np.tri(4) + np.triu(np.full((4, 4), 9.0), 1)
-    large[3, 1] = 2.5
-    figure = figures.depth_matrices({"plain": np.tri(4), "mhc": large}, "a token")
-    norms = [axes.images[0].norm for axes in figure.axes[:2]]
-    assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, 2.5)] * 2
-    assert figure.axes[-1].get_ylabel() == "weight (largest of all: 2.5)"
-    named = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
-    assert named == ["0", "0.05", "0.2", "0.6", "1", "2"]
-    large[3, 1] = -2.5
-    norm = figures.depth_matrices({"mhc": large}, "a token").axes[0].images[0].norm
-    assert (norm.vmin, norm.vmax) == (-2.5, 2.5)
-    assert norm(0.0) == pytest.approx(0.5)
-    np.testing.assert_allclose(norm([-2.5, 2.5]), [0, 1])
+def test_matrices_are_coloured_up_to_one():
+    """An entry of 12.7 leaves the others their colours, and is told; above the diagonal there is no M."""
+    small, large = np.tri(4) / 4, np.tri(4) + np.triu(np.full((4, 4), 99.0), 1)
+    large[3, 1] = 12.7
+    for entry, limits, extend in ((12.7, (0, 1), "max"), (-12.7, (-1, 1), "both")):
+        large[3, 1] = entry
+        figure = figures.depth_matrices({"full": small, "denseformer": large}, "a token")
+        norms = [axes.images[0].norm for axes in figure.axes[:2]]
+        assert [(norm.vmin, norm.vmax) for norm in norms] == [limits] * 2
+        assert [axes.get_title() for axes in figure.axes[:2]] == ["full", "denseformer, |M| up to 12.7"]
+        assert figure.axes[0].images[0].colorbar.extend == extend
+        assert "0.25" in [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert norms[0](0.0) == pytest.approx(0.5)
+    within = figures.depth_matrices({"plain": np.tri(4) * (1 + 1e-6)}, "a token").axes[0]
+    assert (within.get_title(), within.images[0].colorbar.extend) == ("plain", "neither")
 
 
 def test_many_matrices_stand_in_rows():
-    names = [f"scheme{n}" for n in range(6)]
+    names = list(SCHEMES)[:6]
     figure = figures.depth_matrices(dict.fromkeys(names, np.tri(25)), "a token")
     panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
     assert [axes.get_title() for axes in panels] == names

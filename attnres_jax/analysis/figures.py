@@ -1,9 +1,9 @@
 """Figures: one function each, which returns a `Figure` (no pyplot: nothing global or to close).
 
-Colours are those of Okabe and Ito, safe for the colour-blind; a scheme has its own everywhere.
+Colours are those of Okabe and Ito, and one of Tol (#882255), safe for the colour-blind. A scheme has the same
+everywhere; those that share one are told apart by dash and marker.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,15 +17,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from attnres_jax.residuals import SCHEMES
 from attnres_jax.schedule import BlockSchedule
 
 COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00", "mhc": "#009E73"}
-DASHES = ("-", "--", ":", "-.")
 OTHERS = ("#882255", "#CC79A7", "#E69F00", "#56B4E9")
-"""For schemes without a colour of their own, by a hash of the name: two of them may share one, but none has
-the colour of a scheme above."""
+"""For schemes without a colour of their own, in turn, in the order of `SCHEMES`."""
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "os^DvPX*<"
+"""Nine, which has no divisor in common with four: 36 pairs of dash and marker of one colour."""
 FEW = 6
 """Schemes whose seeds are drawn one by one, and named inside the first panel."""
+BEYOND = 1.005
+"""Weights that the scale of matrices does not reach: one, and what rounding adds to it."""
 MATRICES = 4
 """Beside each other, in a row."""
 READS = {"a": "Pre-attention reads", "m": "Pre-MLP reads"}
@@ -47,10 +51,31 @@ class Series(NamedTuple):
     y: Sequence[float]
 
 
+class Style(NamedTuple):
+    """How a label's line and dots are drawn."""
+
+    colour: str
+    dash: str
+    marker: str
+
+
 def colour(label: str) -> str:
-    """The colour of the scheme a label begins with; an unknown one always gets the same."""
+    """The colour of the scheme a label begins with."""
     scheme = label.split()[0]
-    return COLOURS.get(scheme) or OTHERS[zlib.crc32(scheme.encode()) % len(OTHERS)]
+    return COLOURS.get(scheme) or OTHERS[list(SCHEMES).index(scheme) % len(OTHERS)]
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label, no two alike: the colour, then which of those of that colour it is.
+
+    Of one colour 36 differ as lines, the first nine also as dots, by the marker.
+    """
+    found: dict[str, Style] = {}
+    for label in dict.fromkeys(labels):
+        paint = colour(label)
+        nth = sum(style.colour == paint for style in found.values())
+        found[label] = Style(paint, DASHES[nth % len(DASHES)], MARKERS[nth % len(MARKERS)])
+    return found
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -65,10 +90,10 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
     whole, end = figure.subplots(1, 2)
     last = max(max(line.x) for line in train)
     for axes in (whole, end):
-        _lines(axes, train, linewidth=1.6)
+        _lines(axes, train, linewidth=1.6, markersize=3, markevery=0.1)
         _dots(axes, heldout)
         axes.set(xlabel="step (optimizer updates)", ylabel="bits / byte")
-    whole.set_title("Training (lines) and held-out (dots) loss")
+    whole.set_title("Training (lines), held-out (large marks)")
     end.set_title("The second half")
     points = [point for line in (*train, *heldout) for point in zip(line.x, line.y, strict=True)]
     late = [y for x, y in points if x >= last / 2]
@@ -93,7 +118,7 @@ def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]
     left, right = figure.subplots(1, 2)
     for axes, lines in ((left, output_rms), (right, gradient_norm)):
         last = max(max(line.x) for line in lines)
-        _lines(axes, lines, linewidth=1.6, marker="o" if last <= 24 else "", markersize=3)
+        _lines(axes, lines, linewidth=1.6, markersize=3, markevery=1 if last <= 24 else 0.05)
         axes.set(xlabel="sublayer", yscale="log", xlim=(0.5, last + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         _plain_log_ticks(axes.yaxis)
@@ -134,14 +159,15 @@ def weight_heatmap(
 def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: str) -> Figure:
     """M of one token, side by side: the weight of every output v_i in every read h_l.
 
-    All on one colour scale, as far as the largest entry of any: from zero, or both ways if one is negative.
+    All on one colour scale up to one, from zero or, where an entry is negative, from minus one. A title says
+    how far its panel's entries go beyond.
     """
     columns = min(len(matrices), MATRICES)
     rows = -(-len(matrices) // columns)
     figure = blank(max(5.0, 3.7 * columns + 0.7), 0.6 + 3.8 * rows, "compressed")
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     below = [matrix[np.tri(len(matrix), dtype=bool)] for matrix in matrices.values()]
-    norm, colours = _matrix_colours(np.concatenate(below))
+    norm, colours = _matrix_colours(np.clip(np.concatenate(below), -1, 1))
     for (label, matrix), axes in zip(matrices.items(), panels, strict=False):
         reads = len(matrix)
         past = np.tri(reads, dtype=bool)
@@ -149,13 +175,17 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
         _ticks(axes.xaxis, ["emb", *map(str, range(1, reads))])
         _ticks(axes.yaxis, [*map(str, range(1, reads)), "out"])
         axes.set(xlabel="output of sublayer (emb: embedding)")
-        axes.set_title(label, color=colour(label))
+        largest = float(np.max(np.abs(matrix[past])))
+        beyond = f", |M| up to {largest:.3g}" if largest > BEYOND else ""
+        axes.set_title(label + beyond, color=colour(label))
     for axes in panels[::columns]:
         axes.set_ylabel("sublayer that reads (out: output read)")
     for axes in panels[len(matrices) :]:
         axes.remove()
-    label = f"weight (largest of all: {norm.vmax:.3g})"
-    _colourbar(figure, panels[: len(matrices)], label, _tick_values(norm))
+    extend = "neither"
+    if np.max(np.abs(np.concatenate(below))) > BEYOND:
+        extend = "both" if norm.vmin else "max"
+    _colourbar(figure, panels[: len(matrices)], "weight", _tick_values(norm), extend)
     figure.suptitle(f"Depth mixing matrix M, {token}", fontsize="medium")
     return figure
 
@@ -199,7 +229,7 @@ def by_depth(panels: Sequence[Panel], blocks: int = 0) -> Figure:
         last = max(max(line.x) for line in panel.lines)
         for end in np.arange(blocks, last, blocks) if blocks else ():
             axes.axvline(end + 0.5, color="#b0b0b0", linestyle=":", linewidth=0.8)
-        _lines(axes, panel.lines, linewidth=1.6, marker="o", markersize=2.5)
+        _lines(axes, panel.lines, linewidth=1.6, markersize=2.5)
         axes.set(xlabel="sublayer", xlim=(0.5, last + 0.5), title=panel.title, ylabel=panel.unit)
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         if panel.log:
@@ -263,7 +293,7 @@ def scaling_laws(points: Sequence[Series], lines: Sequence[Series], definition: 
     """Loss against compute on logarithmic axes; a line's label is its scheme's, then its formula."""
     figure = blank(7.0, 5.0)
     axes = figure.subplots()
-    _lines(axes, lines, linewidth=1.6)
+    _lines(axes, lines, linewidth=1.6, markevery=0.5, markersize=0)
     _dots(axes, points)
     axes.set(xscale="log", yscale="log", xlabel=f"compute C ({unit})", ylabel="held-out loss (nats / token)")
     axes.set_title(definition, fontsize=9)
@@ -285,25 +315,24 @@ def blank(
 def _lines(axes: Axes, lines, **look):
     """A line for each label: the mean over its seeds, at the x that all of them have.
 
-    Of at most `FEW` labels the seeds, if several, are drawn too, faint. Labels of one colour are told apart
-    by `DASHES`, which begin again after the last. `look` is that of the means alone.
+    Of at most `FEW` labels the seeds, if several, are drawn too, faint. `look` is that of the means alone.
     """
-    labels = list(dict.fromkeys(line.label for line in lines))
-    for label in labels:
-        twins = [other for other in labels if colour(other) == colour(label)]
-        dashes = DASHES[twins.index(label) % len(DASHES)]
-        style: dict[str, Any] = {"color": colour(label), "linestyle": dashes}
+    looks = styles([line.label for line in lines])
+    for label, (paint, dash, marker) in looks.items():
+        style: dict[str, Any] = {"color": paint, "linestyle": dash}
         seeds = [line for line in lines if line.label == label]
-        for seed in seeds if len(seeds) > 1 and len(labels) <= FEW else ():
+        for seed in seeds if len(seeds) > 1 and len(looks) <= FEW else ():
             axes.plot(seed.x, seed.y, **style, alpha=0.25, linewidth=0.8)
-        axes.plot(*_mean(seeds), **style, label=label, **look)
+        axes.plot(*_mean(seeds), **style, marker=marker, label=label, **look)
     _clean(axes)
 
 
 def _dots(axes: Axes, lines):
-    look: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"}
+    looks = styles([line.label for line in lines])
     for line in lines:
-        axes.plot(line.x, line.y, color=colour(line.label), linestyle="none", **look)
+        paint, _, marker = looks[line.label]
+        edge: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white"}
+        axes.plot(line.x, line.y, color=paint, linestyle="none", marker=marker, **edge)
 
 
 def _mean(seeds):
@@ -361,5 +390,6 @@ def _ticks(axis, names, most=11):
     axis.set_ticks(shown, [names[at] for at in shown])
 
 
-def _colourbar(figure, panels, label, ticks=TICKS):
-    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, ticks=ticks, format="%g", pad=0.02)
+def _colourbar(figure, panels, label, ticks=TICKS, extend="neither"):
+    look = {"ticks": ticks, "extend": extend, "format": "%g", "pad": 0.02}
+    figure.colorbar(panels[0].images[0], ax=list(panels), label=label, **look)
