@@ -28,6 +28,8 @@ class Sweep(NamedTuple):
     """Whether its rows are several sizes of a few schemes, for a scaling law."""
     claims: bool = False
     """Whether its rows are those of Table 4, for the pages of evidence."""
+    page: str = ""
+    """Which of `analysis.grids.PAGES` its rows make, if one."""
 
     def only(self, names: Sequence[str]) -> "Sweep":
         """Some of its rows; `ConfigError` where there is none of a name."""
@@ -76,12 +78,10 @@ def _size(blocks: int, width: int, tokens_per_parameter: float = 4.0) -> Keys:
 
 SIZES = {f"d{blocks}": _size(blocks, width) for blocks, width in ((4, 32), (6, 48), (8, 64), (10, 80))}
 
-CELLS = {
-    f"w{ratio:g}-h{heads:g}": shapes.solve(420_000, ratio, heads)
-    for ratio in (4, 8, 16)
-    for heads in (0.25, 0.5, 0.75)
-}
-"""D/L_b and heads/L_b. The paper's ratios, 15 to 75, would leave 2 to 5 blocks at this size."""
+GRID = [(ratio, heads) for ratio in (4, 8, 16) for heads in (0.25, 0.5, 0.75)]
+CELLS = {f"w{ratio:g}-h{heads:g}": shapes.solve(420_000, ratio, heads) for ratio, heads in GRID}
+"""By D/L_b and heads/L_b, in the order of `GRID`. The paper's ratios, 15 to 75, would leave 2 to 5 blocks
+at this size."""
 
 
 def _cell(shape: shapes.Shape) -> Keys:
@@ -96,9 +96,11 @@ def _product(first: dict[str, Keys], second: dict[str, Keys]) -> dict[str, Keys]
 SWEEPS: dict[str, Sweep] = {
     "table4": Sweep("ablations, Table 4 of the paper", TABLE4, {"model.blocks": 12}, claims=True),
     "block_size": Sweep(
-        "S of Block AttnRes over 32 sublayers, Figure 6",
-        {f"s{size}": {"residual": "block", "block_size": size} for size in (1, 2, 4, 8, 16, 32)},
+        "S of Block AttnRes over 32 sublayers, beside plain, Figure 6",
+        {"plain": SCHEMES["plain"]}
+        | {f"s{size}": {"residual": "block", "block_size": size} for size in (1, 2, 4, 8, 16, 32)},
         {"model.blocks": 16},
+        page="block_size",
     ),
     "scaling": Sweep(
         "loss against compute at four sizes, 4 tokens a parameter, Figure 4",
@@ -113,6 +115,7 @@ SWEEPS: dict[str, Sweep] = {
         ),
         {},
         seeds=1,
+        page="depth_width",
     ),
 }
 

@@ -303,6 +303,60 @@ def scaling_laws(points: Sequence[Series], lines: Sequence[Series], definition: 
     return figure
 
 
+def against_block_size(
+    bits: Mapping[int, Sequence[float]], plain: Sequence[float], named: Mapping[int, str]
+) -> Figure:
+    """Held-out loss of every S by seed (dots), mean and standard deviation; `plain` as a line across."""
+    figure = blank(6.5, 4.2)
+    axes, sizes = figure.subplots(), list(bits)
+    deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in bits.values()]
+    means = [np.mean(values) for values in bits.values()]
+    look: dict[str, Any] = {"color": COLOURS["block"], "marker": "o", "capsize": 3, "label": "block"}
+    axes.errorbar(sizes, means, yerr=deviations, **look)
+    for size, values in bits.items():
+        axes.plot([1.08 * size] * len(values), values, ".", color=COLOURS["block"], alpha=0.6)
+    if plain:
+        axes.axhline(float(np.mean(plain)), color=COLOURS["plain"], linestyle="--", label="plain")
+        if len(plain) > 1:
+            low, high = (np.mean(plain) + sign * np.std(plain, ddof=1) for sign in (-1, 1))
+            axes.axhspan(float(low), float(high), color=COLOURS["plain"], alpha=0.08, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size}\n{named.get(size, '')}".strip() for size in sizes])
+    axes.set(xlabel="block size S (sublayers)", ylabel="held-out loss (bits / byte)")
+    axes.set_title("Mean and standard deviation; seeds (small dots)", fontsize="medium")
+    axes.legend(frameon=False)
+    _clean(axes)
+    return figure
+
+
+def depth_width(
+    tables: Mapping[str, Float[Any, "ratios heads"]], ratios: Sequence[int | float], heads: Sequence[float]
+) -> Figure:
+    """Held-out loss of every shape, a panel for each scheme, on one scale; the best is framed."""
+    figure = blank(max(5.0, 4.2 * len(tables) + 0.8), 4.2)
+    panels = np.atleast_1d(figure.subplots(1, len(tables)))
+    entries = np.concatenate([table.ravel() for table in tables.values()])
+    norm = Normalize(float(np.nanmin(entries)), float(np.nanmax(entries)))
+    for (name, table), axes in zip(tables.items(), panels, strict=True):
+        _image(axes, table, norm=norm)
+        best = np.nanargmin(table)
+        for at, loss in np.ndenumerate(table):
+            ink = "black" if norm(loss) > 0.6 else "white"
+            axes.text(
+                at[1], at[0], f"{loss:.3f}" if np.isfinite(loss) else "", ha="center", va="center", color=ink
+            )
+        row, column = np.unravel_index(best, table.shape)
+        frame: dict[str, Any] = {"fill": False, "edgecolor": "#D55E00", "linewidth": 3}
+        axes.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, **frame))
+        axes.set_xticks(range(len(heads)), [f"{head:g}" for head in heads])
+        axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+        axes.set_xlabel("H / L_b (heads per transformer block)")
+        axes.set_title(name, color=colour(name))
+    panels[0].set_ylabel("D / L_b (channels per transformer block)")
+    _colourbar(figure, panels, "held-out loss (bits / byte), best framed", None)
+    return figure
+
+
 def blank(
     width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Figure:

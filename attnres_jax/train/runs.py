@@ -6,23 +6,26 @@ from pathlib import Path
 
 from attnres_jax import configs
 from attnres_jax.analysis import compare as comparison
-from attnres_jax.analysis import inspect, pages, scaling
+from attnres_jax.analysis import grids, inspect, pages, scaling
 from attnres_jax.train import readings
 from attnres_jax.train.data import open_corpus
 from attnres_jax.train.readings import Reading
 from attnres_jax.train.workdir import EVALUATION, RunError, load_config, read_json, read_rows
 
 
-def compare(workdirs: Sequence[Path], out: Path, at_once: int = 1) -> None:
+def compare(workdirs: Sequence[Path], out: Path, at_once: int = 1, page: str = "", command: str = "") -> None:
     """Print and write the comparison of the runs in `workdirs` into the folder `out`.
 
-    `at_once`: how many models are looked at in parallel.
+    `at_once`: how many models are looked at in parallel. `page`: one of `grids.PAGES`, to be written too;
+    it says that `command` made the runs.
     """
-    found, _ = read(workdirs, (), at_once)
+    found, taken = read(workdirs, (), at_once)
     try:
         comparison.report(found, out)
     except comparison.NotComparable as error:
         raise RunError(str(error)) from None
+    if page:
+        grids.report(page, found, _made(workdirs, taken, command), out)
 
 
 def evidence(workdirs: Sequence[Path], command: str, out: Path, at_once: int = 1) -> None:

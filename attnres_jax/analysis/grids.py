@@ -1,0 +1,84 @@
+"""The pages of two sweeps: loss against S (the paper's Figure 6), and depth against width (Figure 7)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from attnres_jax.analysis import figures
+from attnres_jax.analysis.compare import Run
+from attnres_jax.analysis.pages import Made
+from attnres_jax.analysis.paper import FIGURE6
+from attnres_jax.configs.shapes import Shape
+from attnres_jax.configs.sweeps import CELLS, GRID
+
+
+def block_size(runs: Sequence[Run], out: Path) -> tuple[str, str]:
+    """Held-out loss of Block by S, and of the plain residual if it was run: title, and body in markdown."""
+    bits = _by(runs, lambda run: run.config["block_size"] if run.config["residual"] == "block" else 0)
+    plain, bits = bits.pop(0, []), dict(sorted(bits.items()))
+    sublayers = len(runs[0].kinds)
+    named = {1: "Full", sublayers: "one block"}
+    figures.save(figures.against_block_size(bits, plain, named), out / "block_size.png")
+    cells = [(str(size), str(-(-sublayers // size)), *_cell(bits[size], FIGURE6.get(size))) for size in bits]
+    if plain:
+        cells.append(("plain", "", *_cell(plain, FIGURE6[0])))
+    body = _table(("S", "AttnRes blocks", "seeds", "here, bits/byte", "paper, nats/token"), cells)
+    return "Loss against the block size S", f"{body}\n\n![Loss against S](block_size.png)"
+
+
+def depth_width(runs: Sequence[Run], out: Path) -> tuple[str, str]:
+    """Held-out loss in each cell of `GRID`, a panel for each scheme: title, and body in markdown."""
+    cells = dict(zip(CELLS.values(), GRID, strict=True))
+
+    def place(run):
+        shape = Shape(*(run.config[f"model.{name}"] for name in Shape._fields))
+        return run.config["residual"], *cells[shape]
+
+    bits = {key: float(np.mean(values)) for key, values in _by(runs, place).items()}
+    ratios, heads = (sorted(set(values)) for values in zip(*GRID, strict=True))
+    tables = {
+        name: np.array([[bits.get((name, ratio, head), np.nan) for head in heads] for ratio in ratios])
+        for name in dict.fromkeys(key[0] for key in bits)
+    }
+    figures.save(figures.depth_width(tables, ratios, heads), out / "depth_width.png")
+    best = [min((loss, *key) for key, loss in bits.items() if key[0] == name) for name in tables]
+    rows = [(name, f"{ratio:g}", f"{head:g}", f"{loss:.4f}") for loss, name, ratio, head in best]
+    said = (
+        "Figure: mean over seeds. The ratios are those asked for; whole numbers of heads and blocks are near "
+    )
+    said += "them. In the paper (D/L_b 15 to 75): plain is best at about 60, AttnRes at about 45."
+    body = _table(("scheme", "best D/L_b", "best H/L_b", "bits/byte there"), rows)
+    return "Depth against width", f"{body}\n\n{said}\n\n![Depth against width](depth_width.png)"
+
+
+PAGES: dict[str, Callable[[Sequence[Run], Path], tuple[str, str]]] = {
+    "block_size": block_size,
+    "depth_width": depth_width,
+}
+"""By what a sweep calls its page."""
+
+
+def report(page: str, runs: Sequence[Run], made: Made, out: Path) -> None:
+    """Write README.md and its figure into `out`."""
+    title, body = PAGES[page](runs, out)
+    head = f"`{made.command}`; {made.device}, {made.date}."
+    text = [f"# {title}", body, f"{head} All runs, with caveats: [comparison](comparison.md)."]
+    (out / "README.md").write_text("\n\n".join(text) + "\n")
+
+
+def _by(runs, key) -> dict:
+    """Held-out bits per byte of the runs (seeds) of each key."""
+    found: dict = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run.evaluation["bits_per_byte"])
+    return found
+
+
+def _cell(bits, paper):
+    spread = f" ± {np.std(bits, ddof=1):.4f}" if len(bits) > 1 else ""
+    return str(len(bits)), f"{np.mean(bits):.4f}{spread}", "" if paper is None else f"{paper:.3f}"
+
+
+def _table(header, cells):
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells))
