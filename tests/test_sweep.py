@@ -176,6 +176,7 @@ def test_one_seed_makes_no_pages_and_says_so(name, tmp_path, capsys, monkeypatch
     again = f"{said}; {tmp_path / 'README.md'} is an earlier sweep's\n"
     assert capsys.readouterr().err.count(again) == (name == "table4")
     assert len(compared) == 2
+    assert compared[1][1:4] == (tmp_path, 1, sweeps.SWEEPS[name].page)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -266,6 +267,10 @@ def test_a_sweep_is_killed_resumed_and_compared(tmp_path):
     text = (tmp_path / "comparison.md").read_text()
     assert "| block S=1 | 1 |" in text
     assert "| block S=2 | 1 |" in text
+    page = (tmp_path / "README.md").read_text()
+    assert "python -m attnres_jax sweep block_size" in page
+    assert re.search(r"\| 2 \| \d+ \| 1 \| \d\.\d+ \| 1\.746 \|", page)
+    assert (tmp_path / "block_size.png").stat().st_size > 5000
     steps = [row["step"] for row in workdir.read_rows(tmp_path / "s1-0") if row["kind"] == "train"]
     assert steps == list(range(1, 101))  # none twice, none lost
     assert runs.points([tmp_path / "s1-0"], exact=False)[0].label == "block"
