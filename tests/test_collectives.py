@@ -43,6 +43,11 @@ def test_totals(step):
     assert found["all-gather"].needed == pytest.approx(3 * ROW / 50e-6)
     assert found["collective-permute"][1:4] == (11, 11 * ROW, ROW)
     assert found["collective-permute"].needed == pytest.approx(10 * ROW / (5 * 37e-6))
+    # What hides: 30 and 7 microseconds a round, a row each; the second is the harder.
+    assert found["collective-permute"].hidden == pytest.approx(5 * 37e-6)
+    assert found["collective-permute"].hardest == pytest.approx(ROW / 7e-6)
+    assert found["all-gather"].hardest == pytest.approx(found["all-gather"].needed)
+    assert (found["all-reduce"].hidden, found["all-reduce"].hardest) == (0, 0)
     assert found["all-reduce"].exposed == found["all-reduce"].bytes
     assert found["all-reduce"].needed == 0
 

@@ -160,7 +160,12 @@ class Total(NamedTuple):
     exposed: float
     """Bytes of those with no compute between start and done."""
     needed: float
-    """Bytes a second, of all that travel beside compute, so that none of it shows."""
+    """Bytes a second, of all that travel beside compute, so that none of it shows: the average."""
+    hidden: float
+    """Seconds of compute between their starts and dones; what runs beside two of them counts for both."""
+    hardest: float
+    """Bytes a second that the one with the least compute for its bytes needs: a link that is slower exposes
+    a part of it."""
 
 
 def totals(found: list[Collective]) -> list[Total]:
@@ -175,4 +180,6 @@ def _total(kind, of_kind):
     travels = sum(c.bytes for c in hidden)
     every = sum(c.bytes for c in of_kind)
     runs = sum(c.times for c in of_kind)
-    return Total(kind, runs, every, every - travels, travels / seconds if seconds else 0.0)
+    needed = travels / seconds if hidden else 0.0
+    hardest = max((c.received / c.hidden for c in hidden), default=0.0)
+    return Total(kind, runs, every, every - travels, needed, seconds, hardest)
