@@ -6,11 +6,15 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_bench import needs_libtpu
 
 from attnres_jax import __main__, configs
 from attnres_jax.bench import aot, fit, target
+from attnres_jax.parallel import pipeline
+from attnres_jax.train import step
 
 GB, VOCAB, DEVICES = 10**9, 32768, 16
 SAID = (
@@ -25,7 +29,7 @@ def config(*words):
 
 def memory(config, temporaries, available=16 * GB):
     parameters, moments = fit.state(config, VOCAB, DEVICES)
-    return fit.Memory(parameters, moments, parameters, temporaries, available)
+    return fit.memory(config, VOCAB, DEVICES, parameters + moments + temporaries, available)
 
 
 def tried(config, temporaries, **more):
@@ -59,8 +63,63 @@ def test_the_state_of_a_stage():
 
 
 def test_what_fits():
-    assert fit.Memory(1, 2, 1, 7, 10).fits
-    assert not fit.Memory(1, 2, 1, 8, 10).fits
+    assert fit.Memory(1, 2, 1, 0, 0, 7, 10).fits
+    assert not fit.Memory(1, 2, 1, 0, 0, 8, 10).fits
+    assert fit.Memory(1, 2, 4, 8, 16, 100, 10).activations == 100 - 4 - 8 - 16
+
+
+def test_caches_by_hand():
+    """Units [B,T,D] of a device: of the embedding and four blocks, for each slot and the idle one; of their
+    cotangents, for each stage and the idle one; and messages."""
+    c = config("mesh.stage=4", "mesh.tensor=2", "data.batch=64", "train.accumulation=16", "model.blocks=16")
+    unit = 64 // 16 // 2 * 512 * 768 * 2  # over data 2; tensor cuts T; bf16
+    # 16 transformer blocks in blocks of four: each chunk makes one whole, and nothing leaves before it is
+    # done but the two that the stage before it had passed on.
+    slots, rows, hop = 2 * 4, 5, 3
+    early, fresh = hop - 1, 1
+    assert fit.caches(c, VOCAB, DEVICES) == unit * ((slots + 1 + 4 + 1) * rows + early + fresh + hop)
+    assert fit.caches(config(), VOCAB, DEVICES) == 0
+
+
+def staged(residual, *more):
+    words = ["data.length=8", "data.batch=16", "train.accumulation=4", "mesh.stage=2", "model.width=16"]
+    words += ["model.heads=2", "model.kv_heads=2", "model.mlp_width=16", f"residual={residual}", *more]
+    return config(*words)
+
+
+@pytest.mark.parametrize(
+    ("residual", "more"),
+    [
+        ("plain", ()),
+        ("block", ("model.blocks=5", "block_size=4", "train.virtual_stages=2")),  # parted: `given` is kept
+        ("mhc", ("model.blocks=4",)),
+    ],
+)
+def test_caches_are_what_a_pipeline_carries(residual, more, monkeypatch):
+    """Of the real train step, as it is traced: no gradients, no sums among them."""
+    c, seen, place = staged(residual, *more), [], pipeline._Run._placed
+    fields = "cache", "given", "early", "fresh", "d_cache", "back"
+
+    def placed(run, state):
+        seen.append(
+            sum(a.size * a.dtype.itemsize for f in fields for a in jax.tree.leaves(getattr(state, f)))
+        )
+        return place(run, state)
+
+    monkeypatch.setattr(pipeline._Run, "_placed", placed)
+    run = step.programs(c, 64, jax.devices()[:4])
+    run.update.trace(run.like, jax.ShapeDtypeStruct((16, 9), jnp.int32, sharding=run.place))
+    assert set(seen) == {fit.caches(c, 64, 4)}
+
+
+def test_matrices_of_a_pipeline():
+    """Gathered in bf16: half of their gradients; none where they are the parameters themselves."""
+    c = config("mesh.stage=4", "train.accumulation=4", "data.batch=64")
+    assert fit.matrices(c, 8, DEVICES) == 4
+    assert fit.matrices(config("mesh.fsdp=4"), 8, DEVICES) == 0
+    whole = "mesh.stage=4", "train.accumulation=4", "data.batch=64", "model.dtype=float32"
+    assert fit.matrices(config(*whole), 8, DEVICES) == 0
+    assert fit.matrices(config(*whole, "mesh.fsdp=2"), 8, DEVICES) == 8
 
 
 def test_the_order_of_knobs():
@@ -71,11 +130,13 @@ def test_the_order_of_knobs():
         "--config.model.remat=nothing",
         "--config.mesh.data=8 --config.mesh.fsdp=2",
         "--config.train.vocab_chunks=4",  # 16 x 1024 tokens: 4.3 GB of logits and cotangents, now in halves
+        "--config.mesh.data=8 --config.mesh.tensor=2",
     ]
     assert tried(c, 50 * GB) == ["--config.train.accumulation=4", "--config.model.remat=nothing"]
     # No more sequences to part with, nothing to forget: parameters are what is too much.
     c = config("data.batch=16", "model.blocks=160", "train.vocab_chunks=64")
-    assert tried(c, 6 * GB) == ["--config.mesh.data=8 --config.mesh.fsdp=2"]
+    cut = ["--config.mesh.data=8 --config.mesh.fsdp=2", "--config.mesh.data=8 --config.mesh.tensor=2"]
+    assert tried(c, 6 * GB) == cut
     assert tried(c, 30 * GB) == []
 
 
@@ -83,6 +144,67 @@ def test_knobs_are_legal():
     """A device keeps whole sequences in a microbatch: of 48 over 16 devices a third, not half."""
     c = config("data.batch=48")
     assert "train.accumulation=3" in tried(c, 20 * GB)[0]
+
+
+SEVENTY = "mesh.stage=8 mesh.data=1 mesh.fsdp=64 train.accumulation=8 train.vocab_chunks=64"
+
+
+def seventy(*words, needed=140 * GB, available=103 * GB):
+    """What to try for 70 B on v5p:8x8x8, and what it needs."""
+    c = configs.load("lm:70b,block20", [f"--config.{word}" for word in (*SEVENTY.split(), *words)])
+    now = fit.memory(c, 131072, 512, needed, available)
+    return {str(knob): knob.predicted for knob in fit.knobs(c, 131072, 512, now)}, now
+
+
+def test_tensor_divides_what_a_stage_holds():
+    """70 B: fsdp divides neither the gradients of a stage nor its matrices while it runs; tensor does."""
+    found, now = seventy()
+    ((knob, predicted),) = found.items()
+    assert knob == "--config.mesh.fsdp=16 --config.mesh.tensor=4"
+    held = now.gradients + now.matrices
+    assert held == pytest.approx(
+        6 * (68.7e9 / 8 + 2 * 131072 * 8192), rel=0.02
+    )  # fp32 and bf16; tables whole
+    assert predicted == pytest.approx(140 * GB - held * 3 / 4, rel=1e-3)
+    least, _ = seventy(needed=130 * GB)
+    assert list(least) == ["--config.mesh.fsdp=32 --config.mesh.tensor=2"]
+
+
+def test_stages_divide_it_too():
+    """Their memory is the compiler's to say, but what is known must fit; they divide the microbatches."""
+    cut = "mesh.fsdp=32", "mesh.tensor=2", "train.accumulation=16"
+    found, _ = seventy(*cut, needed=125 * GB)
+    knob = "--config.mesh.fsdp=16 --config.mesh.stage=16"
+    assert list(found)[-2:] == ["--config.mesh.fsdp=8 --config.mesh.tensor=8", knob]
+    assert found[knob] is None
+    _, then = seventy(*cut, "mesh.fsdp=16", "mesh.stage=16")
+    assert knob in seventy(*cut, available=then.known)[0]
+    assert knob not in seventy(*cut, available=then.known - 1)[0]
+    assert not any("stage" in knob for knob in seventy()[0])  # 16 stages, 8 microbatches
+
+
+def test_tensor_where_it_is_legal():
+    """From fsdp, or from data; heads, tokens and the vocabulary say how far."""
+    c = config(
+        "mesh.fsdp=4", "model.kv_heads=2", "model.blocks=160", "data.batch=16", "train.vocab_chunks=64"
+    )
+    found = [changes for changes, _ in fit.tensors(c, VOCAB, DEVICES, memory(c, 6 * GB))]
+    assert found == [{"mesh.fsdp": 2, "mesh.tensor": 2}, {"mesh.data": 2, "mesh.tensor": 2}]
+    assert tried(c, 13 * GB)[-1] == "--config.mesh.data=2 --config.mesh.tensor=2"
+    c = config("mesh.stage=4", "train.accumulation=8", "model.blocks=7", "data.batch=64")
+    assert list(fit.stages(c, VOCAB, DEVICES, memory(c, 6 * GB))) == []  # seven blocks, not eight stages
+
+
+def test_slices_keep_their_data():
+    """Only data goes over the network between slices: of each it keeps a row."""
+    c = config("data.batch=16", "model.blocks=160", "train.vocab_chunks=64", "mesh.data=2", "mesh.fsdp=8")
+    now = memory(c, 15 * GB)
+    found = [str(knob) for knob in fit.knobs(c, VOCAB, DEVICES, now)]
+    assert found == [
+        "--config.mesh.data=1 --config.mesh.fsdp=16",
+        "--config.mesh.data=1 --config.mesh.tensor=2",
+    ]
+    assert fit.knobs(c, VOCAB, DEVICES, now, slices=2) == []
 
 
 def test_predictions_by_hand():
@@ -109,12 +231,14 @@ def test_the_compiler_s_complaint():
 
 
 def arm(fits, needed=10 * GB, **more):
-    said = {"parameters": GB, "optimizer": 2 * GB, "gradients": GB, "temporaries": needed - 3 * GB}
-    return {
-        "fits": fits,
-        "memory": said | {"available": 16 * GB, "needed": needed},
-        "compile_seconds": 9,
-    } | more
+    now = fit.Memory(GB, 2 * GB, GB, GB // 2, GB // 4, needed - 3 * GB, 16 * GB)
+    return (
+        aot._said(now, fits)
+        | {
+            "compile_seconds": 9,
+        }
+        | more
+    )
 
 
 def test_what_is_said():
@@ -126,22 +250,66 @@ def test_what_is_said():
         "  --config.train.accumulation=2: compiled, does not fit, 17 GB (arithmetic said 15 GB)",
         "  --config.model.remat=nothing: compiled, fits, 10 GB",
     ]
-    assert "use more devices" in aot.verdict("block", arm(False, 20 * GB, tried=[fails]))[-1]
+
+
+def test_what_is_said_of_what_was_not_tried():
+    """That nothing is enough is said only where the list is at its end."""
+    fails = {"knob": "--config.train.accumulation=2", "predicted": 15 * GB} | arm(False, 17 * GB)
+    left = {"knob": "--config.mesh.fsdp=2", "predicted": 14 * GB}
+    assert aot.verdict("block", arm(False, 20 * GB, tried=[], untried=[left]))[1:] == [
+        "  --config.mesh.fsdp=2: not tried (arithmetic said 14 GB)",
+        "  0 of 1 changes tried: --tries=1 tries all",
+    ]
+    assert aot.verdict("block", arm(False, 20 * GB, tried=[fails], untried=[left]))[2:] == [
+        "  --config.mesh.fsdp=2: not tried (arithmetic said 14 GB)",
+        "  1 of 2 changes tried: --tries=2 tries all",
+    ]
+    (last,) = aot.verdict("block", arm(False, 20 * GB, tried=[fails], untried=[]))[2:]
+    assert last == "  all 1 changes tried that may do: change several at once or use more devices"
+    (last,) = aot.verdict("block", arm(False, 20 * GB, tried=[], untried=[]))[1:]
+    assert last.startswith(
+        "  by arithmetic no single change of accumulation, remat, fsdp, vocab_chunks, tensor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tries", "enough", "counts"), [(0, 9, (0, 2)), (1, 9, (1, 1)), (9, 9, (2, 0)), (9, 0, (1, 1))]
+)
+def test_what_is_tried(tries, enough, counts, monkeypatch, capsys):
+    """As many as may be, until one fits; the others are named."""
+    seen = []
+
+    def measure(config, vocab, on):
+        seen.append((config.train.accumulation, config.model.remat))
+        return arm(len(seen) > enough)
+
+    knobs = [fit.Knob({"train.accumulation": 4}, GB), fit.Knob({"model.remat": "nothing"}, None)]
+    monkeypatch.setattr(aot, "measure", measure)
+    monkeypatch.setattr(fit, "knobs", lambda *_: knobs)
+    c, on = config("data.batch=256", "model.remat=everything"), aot.Slice("v", [None] * DEVICES, *[None] * 3)
+    found = aot.advice(c, VOCAB, on, arm(False), tries)
+    assert (len(found["tried"]), len(found["untried"])) == counts
+    assert seen == [(4, "everything"), (1, "nothing")][: counts[0]]
+    assert [one["knob"] for one in found["tried"] + found["untried"]] == [str(knob) for knob in knobs]
 
 
 def test_the_report(capsys, monkeypatch):
     """Every number in its place, side by side; an arm that does not fit has no times."""
     monkeypatch.setenv("COLUMNS", "200")
     gather = {"kind": "all-gather", "runs": 4, "bytes": 3e9, "exposed": 1.5e9, "needed": 2e9}
+    gather |= {"hidden": 0.75, "hardest": 7e9}
     times = {"estimate_seconds": 0.2, "roofline_seconds": 0.1, "estimate_mfu": 0.4, "collectives": [gather]}
     block = arm(True, flops=5e12, hbm_bytes=7e9, **times)
     whole = {"topology": "v5e:4x4", "devices": 16, "compile_memory": 2e9}
-    aot.show(whole | {"arms": {"block": block, "plain": arm(False, 20 * GB, tried=[])}})
+    aot.show(whole | {"arms": {"block": block, "plain": arm(False, 20 * GB, tried=[], untried=[])}})
     text = re.sub(r"[│┃ ]+", " ", capsys.readouterr().out)
     assert " needed 10 GB 20 GB " in text
+    assert " matrices of a pipeline's stage, whole 500 MB 500 MB " in text
+    assert " caches of a pipeline 250 MB 250 MB " in text
+    assert " activations and the rest of temporaries 5.25 GB 15.2 GB " in text
     assert " FLOPs of matrix products 5e+12 " in text
     assert " step by the compiler's cycles, ms 200.0 \n" in text
-    assert " block all-gather 4 3 GB 50% 2.0 " in text
+    assert " block all-gather 4 3 GB 50% 750 2.0 7.0 " in text
     assert "plain: does not fit, 20 GB of 16 GB" in text
     assert "memory of the compiler: 2 GB" in text
 
@@ -204,6 +372,9 @@ def test_a_small_step_end_to_end(tmp_path, more):
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["topology"], found["devices"]) == ("2 x v5e:2x2", 8)
     block = found["arms"]["block"]
+    caches = block["memory"]["caches"]
+    assert (caches > 0) == bool(more)
+    assert block["memory"]["activations"] > 0
     assert any(name.startswith("depth_mix") for name in block["kernels"])
     assert 0.5 < block["flops"] / block["model_flops"] < 3
     assert block["estimate_seconds"] > block["roofline_seconds"] > 0

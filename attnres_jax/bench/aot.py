@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,25 +78,24 @@ def too_large(said: str) -> TooLarge | None:
 
 def measure(config: Config, vocab: int, on: Slice) -> dict[str, Any]:
     """What the compiler says of one arm; `fits` is false where it would not have it."""
-    parameters, moments = fit.state(config, vocab, len(on.devices))
-    gradients = fit.gradients(config, parameters, len(on.devices))
+    memory = partial(fit.memory, config, vocab, len(on.devices))
+    memory(0, 0)  # before the compiler has worked for minutes: is the config one for this slice?
     start = time.monotonic()
     try:
         program = compiled(config, vocab, on.devices)
     except TooLarge as over:
-        rest = over.needed - parameters - moments
-        memory = fit.Memory(parameters, moments, gradients, rest, over.available)
-        return _said(memory, False) | {"compile_seconds": round(time.monotonic() - start, 1)}
-    memory = fit.Memory(parameters, moments, gradients, program.peak - parameters - moments, on.memory)
+        seconds = round(time.monotonic() - start, 1)
+        return _said(memory(over.needed, over.available), False) | {"compile_seconds": seconds}
     return (
-        _said(memory, True)
+        _said(memory(program.peak, on.memory), True)
         | {"compile_seconds": round(program.seconds, 1)}
         | _read(program, config, vocab, on)
     )
 
 
 def _said(memory, fits):
-    return {"fits": fits, "memory": memory._asdict() | {"needed": memory.needed}}
+    more = {"activations": memory.activations, "needed": memory.needed}
+    return {"fits": fits, "memory": memory._asdict() | more}
 
 
 def _read(program, config, vocab, on):
@@ -126,17 +126,22 @@ def _read(program, config, vocab, on):
     }
 
 
-def advice(config: Config, vocab: int, on: Slice, said: dict[str, Any], tries: int) -> list[dict[str, Any]]:
-    """Knobs that were tried by compiling, in order, until one fits."""
-    memory = fit.Memory(**{k: v for k, v in said["memory"].items() if k != "needed"})
-    tried: list[dict[str, Any]] = []
-    for knob in fit.knobs(config, vocab, len(on.devices), memory)[:tries]:
+def advice(config: Config, vocab: int, on: Slice, said: dict[str, Any], tries: int) -> dict[str, Any]:
+    """`tried`: knobs, in order, each compiled, until one fits; `untried`: those that come after."""
+    memory = fit.Memory(*(said["memory"][field] for field in fit.Memory._fields))
+    slices = len({getattr(device, "slice_index", 0) for device in on.devices})
+    knobs, tried = fit.knobs(config, vocab, len(on.devices), memory, slices), []
+    for knob in knobs[:tries]:
         print(f"{on.name}: does not fit; trying {knob}", file=sys.stderr, flush=True)
         found = measure(fit.changed(config, knob.changes), vocab, on)
-        tried.append({"knob": str(knob), "predicted": knob.predicted} | found)
+        tried.append(_named(knob) | found)
         if found["fits"]:
             break
-    return tried
+    return {"tried": tried, "untried": [_named(knob) for knob in knobs[len(tried) :]]}
+
+
+def _named(knob):
+    return {"knob": str(knob), "predicted": knob.predicted}
 
 
 def main(words: list[str]) -> int:
@@ -168,7 +173,7 @@ def main(words: list[str]) -> int:
 def _arm(config, vocab, on, tries):
     print(f"{on.name}: compiling {config.residual}", file=sys.stderr, flush=True)
     said = measure(config, vocab, on)
-    return said if said["fits"] else said | {"tried": advice(config, vocab, on, said, tries)}
+    return said if said["fits"] else said | advice(config, vocab, on, said, tries)
 
 
 def show(whole: dict[str, Any]) -> None:
@@ -194,20 +199,37 @@ def verdict(name: str, arm: dict[str, Any]) -> list[str]:
     lines = [f"{name}: does not fit, {needed} of {available}"]
     for one in arm["tried"]:
         outcome = "fits" if one["fits"] else "does not fit"
-        by = f" (arithmetic said {_bytes(one['predicted'])})" if one["predicted"] else ""
-        lines.append(f"  {one['knob']}: compiled, {outcome}, {_bytes(one['memory']['needed'])}{by}")
-    if not any(one["fits"] for one in arm["tried"]):
         lines.append(
-            "  no single change of accumulation, remat, fsdp or vocab_chunks is enough: use more devices"
+            f"  {one['knob']}: compiled, {outcome}, {_bytes(one['memory']['needed'])}{_predicted(one)}"
         )
-    return lines
+    if any(one["fits"] for one in arm["tried"]):
+        return lines
+    lines += [f"  {one['knob']}: not tried{_predicted(one)}" for one in arm["untried"]]
+    tried, untried = len(arm["tried"]), len(arm["untried"])
+    if untried:
+        return [*lines, f"  {tried} of {tried + untried} changes tried: --tries={tried + untried} tries all"]
+    if tried:
+        return [
+            *lines,
+            f"  all {tried} changes tried that may do: change several at once or use more devices",
+        ]
+    return [*lines, f"  by arithmetic no single change of {KNOBS} is enough: use more devices"]
 
 
+def _predicted(one):
+    return f" (arithmetic said {_bytes(one['predicted'])})" if one["predicted"] else ""
+
+
+KNOBS = "accumulation, remat, fsdp, vocab_chunks, tensor or stage"
+"""What `fit.knobs` changes."""
 SIZES = {
     "parameters": lambda arm: _bytes(arm["memory"]["parameters"]),
     "optimizer": lambda arm: _bytes(arm["memory"]["optimizer"]),
     "temporaries at the peak": lambda arm: _bytes(arm["memory"]["temporaries"]),
     "  of them gradients, at least": lambda arm: _bytes(arm["memory"]["gradients"]),
+    "  matrices of a pipeline's stage, whole": lambda arm: _bytes(arm["memory"]["matrices"]),
+    "  caches of a pipeline": lambda arm: _bytes(arm["memory"]["caches"]),
+    "  activations and the rest of temporaries": lambda arm: _bytes(arm["memory"]["activations"]),
     "needed": lambda arm: _bytes(arm["memory"]["needed"]),
     "HBM": lambda arm: _bytes(arm["memory"]["available"]),
     "FLOPs of matrix products": lambda arm: f"{arm['flops']:.3g}" if arm["fits"] else "",
@@ -223,6 +245,11 @@ CAPTION = (
     "The compiler's estimate of cycles of each instruction, a public clock (10 %), rooflines for kernels; "
     "collectives take no time here. MFU counts the model's FLOPs as inspect does, no rematerialisation."
 )
+TRAVEL = (
+    "Exposed: with no compute at all between start and done. Hidden: compute there, of all others. Needed: "
+    "their bytes over that time; hardest: of the one with the least time for its bytes, GB/s. JAX knows no "
+    "bandwidth of links: of what needs more than they have, a part is exposed too."
+)
 
 
 def _table(title, arms, rows, caption=None):
@@ -236,23 +263,24 @@ def _table(title, arms, rows, caption=None):
 
 def _collectives(arms):
     title = "Collectives of an update, received by a device"
-    caption = "Exposed: with no compute between start and done. Needed: of the links, to hide the rest."
-    rich = Table("residual", "kind", "runs", "bytes", "exposed", "needed GB/s", title=title, caption=caption)
+    columns = "runs", "bytes", "exposed", "hidden ms", "needed GB/s", "hardest"
+    rich = Table("residual", "kind", *columns, title=title, caption=TRAVEL)
     for column in rich.columns[2:]:
         column.justify = "right"
     for name, arm in arms.items():
         for t in arm["collectives"]:
-            needed = f"{t['needed'] / 1e9:.1f}" if t["needed"] else ""
             share = f"{t['exposed'] / t['bytes']:.0%}" if t["bytes"] else ""
-            rich.add_row(name, t["kind"], f"{t['runs']:g}", _bytes(t["bytes"]), share, needed)
+            hidden = f"{1e3 * t['hidden']:.3g}" if t["hidden"] else ""
+            needed = (f"{t[rate] / 1e9:.1f}" if t["hidden"] else "" for rate in ("needed", "hardest"))
+            rich.add_row(name, t["kind"], f"{t['runs']:g}", _bytes(t["bytes"]), share, hidden, *needed)
         rich.add_section()
     return rich
 
 
 def _bytes(number):
     for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+        if abs(number) < 1000 or unit == "GB":
+            return f"{number:.3g} {unit}" if abs(number) < 1000 else f"{number:.0f} {unit}"
         number /= 1000
     raise AssertionError
 

@@ -1,22 +1,28 @@
 """Whether a train step fits a device's memory, and what would make it: arithmetic, nothing is compiled.
 
-What is known without a compiler is the state: parameters, moments, gradients. The compiler says what the step
-needs beside it, also where that is too much.
+What is known without a compiler is the state: parameters, moments, gradients; and what a pipeline carries
+from tick to tick. The compiler says what the step needs beside it, also where that is too much.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from attnres_jax import configs
 from attnres_jax.configs import Config, ConfigError
-from attnres_jax.parallel import mesh
-from attnres_jax.train import budget
+from attnres_jax.models.transformer import REMAT
+from attnres_jax.parallel import mesh, pipeline
+from attnres_jax.parallel.chunk import Chunked
+from attnres_jax.parallel.timetable import Timetable
+from attnres_jax.train import budget, pipelined
 
-REMAT = "nothing"
+LEAST = "nothing"
 """What `model.remat` keeps when it keeps least."""
-LOGITS = 4
-"""Bytes of a logit: the loss is computed in fp32."""
+FP32 = 4
+"""Bytes of a parameter, a gradient, a logit."""
 
 
 class Memory(NamedTuple):
@@ -26,10 +32,24 @@ class Memory(NamedTuple):
     optimizer: int
     """Moments."""
     gradients: int
-    """At least (`gradients`). They are temporaries."""
+    """At least (`gradients`). They, matrices and caches are temporaries."""
+    matrices: int
+    """The copy of parameters that a pipeline computes with (`matrices`)."""
+    caches: int
+    """Of a pipeline (`caches`)."""
     temporaries: int
     """All that is live at the peak beside parameters, moments and tokens, by the compiler."""
     available: int
+
+    @property
+    def known(self) -> int:
+        """What arithmetic knows of it."""
+        return self.parameters + self.optimizer + self.gradients + self.matrices + self.caches
+
+    @property
+    def activations(self) -> int:
+        """And the rest of temporaries: what arithmetic does not know."""
+        return self.needed - self.known
 
     @property
     def needed(self) -> int:
@@ -52,6 +72,14 @@ class Knob(NamedTuple):
         return " ".join(f"--config.{key}={value}" for key, value in self.changes.items())
 
 
+def memory(config: Config, vocab: int, devices: int, needed: int, available: int) -> Memory:
+    """Of each of so many devices, which needs `needed` bytes at the peak and has `available`."""
+    parameters, moments = state(config, vocab, devices)
+    whole = gradients(config, parameters, devices)
+    held = matrices(config, whole, devices), caches(config, vocab, devices)
+    return Memory(parameters, moments, whole, *held, needed - parameters - moments, available)
+
+
 def state(config: Config, vocab: int, devices: int) -> tuple[int, int]:
     """Bytes of parameters and of moments on each of so many devices."""
     found = budget.rows(config, vocab, mesh.sizes(config.mesh.to_dict(), devices))
@@ -65,19 +93,44 @@ def gradients(config: Config, parameters: int, devices: int) -> int:
     return parameters * (sizes["fsdp"] if sizes[mesh.STAGE] > 1 else 1)
 
 
-def knobs(config: Config, vocab: int, devices: int, memory: Memory) -> list[Knob]:
+def matrices(config: Config, gradients: int, devices: int) -> int:
+    """Bytes of its stage's parameters as a pipeline gathers and rounds them before the first tick; 0 without
+    stages, and where they are that already. `gradients` are the bytes of theirs, in fp32."""
+    sizes, size = mesh.sizes(config.mesh.to_dict(), devices), jnp.dtype(config.model.dtype).itemsize
+    copied = sizes[mesh.STAGE] > 1 and (sizes["fsdp"] > 1 or size < FP32)
+    return gradients * size // FP32 if copied else 0
+
+
+def caches(config: Config, vocab: int, devices: int) -> int:
+    """Bytes of blocks, of their cotangents and of messages that a device of a pipeline carries from tick to
+    tick (`pipeline.carried`); 0 without stages."""
+    sizes, model = mesh.sizes(config.mesh.to_dict(), devices), configs.model_config(config, vocab)
+    if sizes[mesh.STAGE] == 1:
+        return 0
+    cut = pipelined.layout(config, model, sizes[mesh.STAGE]).chunks
+    chunked = Chunked(model.scheme, model.kinds, cut, REMAT[model.remat])
+    table = Timetable(sizes[mesh.STAGE], config.train.virtual_stages, config.train.accumulation)
+    rows = config.data.batch // config.train.accumulation // math.prod(sizes[axis] for axis in mesh.BATCH)
+    x = jax.ShapeDtypeStruct((rows, config.data.length // sizes["tensor"], model.width), model.dtype)
+    units = sum(math.prod(lead) for lead in pipeline.carried(chunked, table, table.slots, True).values())
+    return units * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(chunked.first, x)))
+
+
+def knobs(config: Config, vocab: int, devices: int, memory: Memory, slices: int = 1) -> list[Knob]:
     """What to try, the cheapest first: `train.accumulation` up, `model.remat` down, `mesh.fsdp` up,
-    `train.vocab_chunks` up.
+    `train.vocab_chunks` up, `mesh.tensor` up, `mesh.stage` up.
 
     The first two cost time only where the devices were busy with small microbatches or nothing was computed
-    twice; fsdp costs traffic between devices. Of each, the least value that should fit by arithmetic, or
-    none; arithmetic does not know what another `remat` saves.
+    twice; fsdp costs traffic between devices. The last two are the dearest: tensor costs traffic in every
+    sublayer, stages idle while a pipeline fills and drains. In a pipeline they alone divide what a stage
+    holds while it runs. Of each, the least value that should fit by arithmetic, or none; where it cannot
+    tell, as of another `remat` or more stages, the least that may. `mesh.data` stays a multiple of `slices`.
     """
     found = []
-    for values in (accumulations, remats, fsdps, chunks):
+    for values in (accumulations, remats, fsdps, chunks, tensors, stages):
         for changes, predicted in values(config, vocab, devices, memory):
             likely = predicted is None or predicted <= memory.available
-            if likely and _legal(config, changes, vocab, devices):
+            if likely and _legal(config, changes, vocab, devices, slices):
                 found.append(Knob(changes, predicted))
                 break
     return found
@@ -86,31 +139,27 @@ def knobs(config: Config, vocab: int, devices: int, memory: Memory) -> list[Knob
 def accumulations(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, int]]:
     """More microbatches: activations shrink, a sum of gradients is kept beside."""
     over = math.prod(mesh.sizes(config.mesh.to_dict(), devices)[axis] for axis in mesh.BATCH)
-    now, activations = config.train.accumulation, memory.temporaries - memory.gradients
-    kept = memory.gradients * (2 if now == 1 else 1)
+    now = config.train.accumulation
+    beside = memory.gradients if now == 1 else 0
     for more in range(2 * now, config.data.batch // over + 1):
-        if config.data.batch % more == 0:
-            whole = memory.needed - memory.temporaries + kept + activations * now // more
-            yield {"train.accumulation": more}, whole
+        changes = {"train.accumulation": more}
+        known = _known(config, changes, vocab, devices) if config.data.batch % more == 0 else None
+        if known is not None:
+            yield changes, known + beside + memory.activations * now // more
 
 
 def remats(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, None]]:
     """Keep less for the backward pass."""
-    if config.model.remat != REMAT:
-        yield {"model.remat": REMAT}, None
+    if config.model.remat != LEAST:
+        yield {"model.remat": LEAST}, None
 
 
 def fsdps(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, int]]:
     """Parameters cut finer, over devices that had copies: the batch of a device stays."""
-    sizes = mesh.sizes(config.mesh.to_dict(), devices)
-    for factor in mesh.divisors(sizes["data"])[1:]:
-        changes = {"mesh.data": sizes["data"] // factor, "mesh.fsdp": sizes["fsdp"] * factor}
-        if not _legal(config, changes, vocab, devices):
-            continue
-        other = changed(config, changes)
-        parameters, moments = state(other, vocab, devices)
-        kept = gradients(other, parameters, devices)
-        yield changes, parameters + moments + memory.temporaries - memory.gradients + kept
+    for changes in _moved(config, devices, "fsdp", ("data",)):
+        known = _known(config, changes, vocab, devices)
+        if known is not None:
+            yield changes, known + memory.activations
 
 
 def chunks(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, int]]:
@@ -118,11 +167,36 @@ def chunks(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator
     sizes = mesh.sizes(config.mesh.to_dict(), devices)
     over = math.prod(sizes[axis] for axis in mesh.BATCH)
     tokens = config.data.batch // config.train.accumulation // over * config.data.length
-    logits = 2 * LOGITS * tokens * vocab // (sizes["tensor"] * sizes["stage"])
+    logits = 2 * FP32 * tokens * vocab // (sizes["tensor"] * sizes["stage"])
     now = config.train.vocab_chunks
     for more in mesh.divisors(vocab // (sizes["tensor"] * sizes["stage"])):
         if now < more <= 64:
             yield {"train.vocab_chunks": more}, memory.needed - logits // now + logits // more
+
+
+def tensors(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, int]]:
+    """Heads, channels and vocabulary cut finer: a device has more sequences, of each fewer tokens."""
+    for changes in _moved(config, devices, "tensor", ("fsdp", "data")):
+        known = _known(config, changes, vocab, devices)
+        if known is not None:
+            yield changes, known + memory.activations
+
+
+def stages(config: Config, vocab: int, devices: int, memory: Memory) -> Iterator[tuple[dict, None]]:
+    """Fewer layers a device, of more sequences; what is known of it fits."""
+    for changes in _moved(config, devices, mesh.STAGE, ("fsdp", "data")):
+        known = _known(config, changes, vocab, devices)
+        if known is not None and known <= memory.available:
+            yield changes, None
+
+
+def _moved(config: Config, devices: int, axis: str, donors: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Changes that give a mesh axis a factor that another has, the least factor first."""
+    sizes = mesh.sizes(config.mesh.to_dict(), devices)
+    for factor in mesh.divisors(max(sizes[donor] for donor in donors))[1:]:
+        for donor in donors:
+            if sizes[donor] % factor == 0:
+                yield {f"mesh.{donor}": sizes[donor] // factor, f"mesh.{axis}": sizes[axis] * factor}
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -130,9 +204,15 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     return configs.from_flat(configs.to_flat(config) | changes)
 
 
-def _legal(config, changes, vocab, devices):
+def _known(config, changes, vocab, devices):
+    """Bytes, of the config with these keys; None where it is not legal."""
     try:
-        state(changed(config, changes), vocab, devices)
+        return memory(changed(config, changes), vocab, devices, 0, 0).known
     except ConfigError:
+        return None
+
+
+def _legal(config, changes, vocab, devices, slices):
+    if _known(config, changes, vocab, devices) is None:
         return False
-    return True
+    return mesh.sizes(changed(config, changes).mesh.to_dict(), devices)["data"] % slices == 0

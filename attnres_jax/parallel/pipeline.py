@@ -208,6 +208,22 @@ class _State(NamedTuple):
     """Sums of what the head returns, the same on all stages."""
 
 
+def carried(chunked: Chunked, table: Timetable, slots: int, trains: bool) -> dict[str, tuple[int, ...]]:
+    """Of what a stage carries in units (`chunk.py`): the field of `_State` -> the axes before a unit's own.
+
+    `slots` are the microbatches in flight; without `trains` there is no backward pass.
+    """
+    cache = chunked.cache
+    found = {"cache": (slots + 1, cache.rows), "fresh": (cache.written,)}
+    if cache.conveyor:
+        found["early"] = (cache.conveyor,)
+    if trains:
+        found |= {"d_cache": (table.stages + 1, cache.rows), "back": (cache.window,)}
+        if chunked.parted:
+            found["given"] = (slots + 1, table.virtual_stages)
+    return found
+
+
 class _Run:
     """The program of one stage, inside `shard_map`."""
 
@@ -254,21 +270,16 @@ class _Run:
         return lax.scan(tick, state, jnp.arange(first, last))[0] if last > first else state
 
     def _start(self, slots, trains):
-        cache, room = self.cache, self._room
         total = jax.eval_shape(self._head_of_nothing)
-        empty: dict[str, Any] = {"d_cache": (), "back": (), "gradient": (), "given": ()}
+        kept: dict[str, Any] = {"early": (), "given": (), "d_cache": (), "back": (), "gradient": ()}
         if trains:
-            given = room(slots + 1, self.V) if self.chunked.parted else ()
-            gradient = jax.tree.map(lambda a: jnp.zeros(a.shape, compute_dtype(a.dtype)), self.parts)
-            back = {"d_cache": room(self.P + 1, cache.rows), "back": room(cache.window)}
-            empty = back | {"given": given, "gradient": gradient}
+            kept["gradient"] = jax.tree.map(lambda a: jnp.zeros(a.shape, compute_dtype(a.dtype)), self.parts)
+        for name, lead in carried(self.chunked, self.table, slots, trains).items():
+            kept[name] = self._room(*lead)
         state = _State(
-            cache=room(slots + 1, cache.rows),
-            early=room(cache.conveyor) if cache.conveyor else (),
-            fresh=room(cache.written),
             penalty=jnp.float32(0),
             total=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), total),
-            **empty,
+            **kept,
         )
         return self._placed(state)
 
