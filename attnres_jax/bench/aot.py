@@ -211,7 +211,7 @@ def verdict(name: str, arm: dict[str, Any]) -> list[str]:
     if tried:
         return [
             *lines,
-            f"  all {tried} changes tried that may do: change several at once or use more devices",
+            f"  {tried} of {tried} changes tried, none is enough: change several or use more devices",
         ]
     return [*lines, f"  by arithmetic no single change of {KNOBS} is enough: use more devices"]
 
