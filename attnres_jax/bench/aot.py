@@ -270,7 +270,7 @@ def _collectives(arms):
     for name, arm in arms.items():
         for t in arm["collectives"]:
             share = f"{t['exposed'] / t['bytes']:.0%}" if t["bytes"] else ""
-            hidden = f"{1e3 * t['hidden']:.3g}" if t["hidden"] else ""
+            hidden = f"{1e3 * t['hidden']:.6g}" if t["hidden"] else ""
             needed = (f"{t[rate] / 1e9:.1f}" if t["hidden"] else "" for rate in ("needed", "hardest"))
             rich.add_row(name, t["kind"], f"{t['runs']:g}", _bytes(t["bytes"]), share, hidden, *needed)
         rich.add_section()
