@@ -135,6 +135,13 @@ def test_gradients_are_finite_at_depth(name):
     assert np.abs(gradient.x).max() > 1e-6
 
 
+@pytest.mark.parametrize(("name", "wanted"), [("plain", np.arange(len(KINDS) + 1) + 1), ("full", 1)])
+def test_row_sums(name, wanted):
+    """A sum of all outputs so far; an average."""
+    M = recorded(name)[-1]
+    np.testing.assert_allclose(matrix.row_sums(M)[:, 0, 0, 0], wanted, rtol=1e-12)
+
+
 RANKS = {
     1: "plain rezero layerscale highway deepnorm keel mrla",
     2: "siamese",

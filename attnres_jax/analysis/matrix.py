@@ -71,9 +71,9 @@ def rank(matrix: Float[np.ndarray, "reads outputs"], tolerance: float = 1e-9) ->
     return max(int(np.sum(np.linalg.svd(block, compute_uv=False) > floor)) for block in blocks)
 
 
-def row_sums(matrix: Float[Array, "reads outputs *rest"]) -> Float[Array, "reads *rest"]:
+def row_sums(matrix: Float[np.ndarray, "reads outputs *rest"]) -> Float[np.ndarray, "reads *rest"]:
     """Of each read, over outputs: one where reads are averages, l + 1 in the plain residual."""
-    return jnp.sum(matrix, 1)
+    return np.sum(matrix, 1)
 
 
 class Reach(NamedTuple):
