@@ -222,7 +222,7 @@ def test_caveats_name_the_keys():
 
 def reached(matrix):
     found = reach(matrix)
-    return [*(f"{np.mean(row):.2f}" for row in found[:3]), "v0", "1.00"]
+    return [*(f"{np.mean(row):.2f}" for row in found[:3]), "v0", "1.00", f"{np.mean(np.sum(matrix, 1)):.2f}"]
 
 
 def test_report(tmp_path, capsys):
