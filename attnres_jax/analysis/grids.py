@@ -7,7 +7,7 @@ import numpy as np
 
 from attnres_jax.analysis import figures
 from attnres_jax.analysis.compare import Run
-from attnres_jax.analysis.pages import Made
+from attnres_jax.analysis.pages import Made, markdown
 from attnres_jax.analysis.paper import FIGURE6
 from attnres_jax.configs.shapes import Shape
 from attnres_jax.configs.sweeps import CELLS, GRID
@@ -23,7 +23,7 @@ def block_size(runs: Sequence[Run], out: Path) -> tuple[str, str]:
     cells = [(str(size), str(-(-sublayers // size)), *_cell(bits[size], FIGURE6.get(size))) for size in bits]
     if plain:
         cells.append(("plain", "", *_cell(plain, FIGURE6[0])))
-    body = _table(("S", "AttnRes blocks", "seeds", "here, bits/byte", "paper, nats/token"), cells)
+    body = markdown(("S", "AttnRes blocks", "seeds", "here, bits/byte", "paper, nats/token"), cells)
     return "Loss against the block size S", f"{body}\n\n![Loss against S](block_size.png)"
 
 
@@ -45,10 +45,10 @@ def depth_width(runs: Sequence[Run], out: Path) -> tuple[str, str]:
     best = [min((loss, *key) for key, loss in bits.items() if key[0] == name) for name in tables]
     rows = [(name, f"{ratio:g}", f"{head:g}", f"{loss:.4f}") for loss, name, ratio, head in best]
     said = (
-        "Figure: mean over seeds. The ratios are those asked for; whole numbers of heads and blocks are near "
+        "Figure: mean over seeds. The ratios are those asked for; whole numbers of heads and blocks are "
+        "near them. In the paper (D/L_b 15 to 75): plain is best at about 60, AttnRes at about 45."
     )
-    said += "them. In the paper (D/L_b 15 to 75): plain is best at about 60, AttnRes at about 45."
-    body = _table(("scheme", "best D/L_b", "best H/L_b", "bits/byte there"), rows)
+    body = markdown(("scheme", "best D/L_b", "best H/L_b", "bits/byte there"), rows)
     return "Depth against width", f"{body}\n\n{said}\n\n![Depth against width](depth_width.png)"
 
 
@@ -78,7 +78,3 @@ def _by(runs, key) -> dict:
 def _cell(bits, paper):
     spread = f" ± {np.std(bits, ddof=1):.4f}" if len(bits) > 1 else ""
     return str(len(bits)), f"{np.mean(bits):.4f}{spread}", "" if paper is None else f"{paper:.3f}"
-
-
-def _table(header, cells):
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells))

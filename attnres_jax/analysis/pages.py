@@ -100,7 +100,7 @@ def schemes(table: Rows, out: Path) -> Page:
     gains = [_gain(table, at) for at in order if table.names[at] != "plain"]
     drawn = figures.differences(gains, "to plain (bits / byte)", "to its baseline (nats / token)")
     body = [
-        _markdown(
+        markdown(
             ["pair", "paper", "by seed", "mean", "interval", "detectable", ""],
             [_claim(table, *pair) for pair in pairs],
         ),
@@ -130,7 +130,7 @@ def by_depth(table: Rows, looks: Mapping[str, Look], out: Path) -> Page:
     cells = [[table.label(name), *_columns(found[name])] for name in names]
     body = [
         _figure(figures.by_depth(panels, _block_size(table)), out, "dynamics", "Dynamics by depth"),
-        _markdown(["scheme", *Dynamics._fields], cells),
+        markdown(["scheme", *_words(Dynamics)], cells),
         "Mean ± standard deviation over seeds; in the figure thick lines are means, faint ones seeds, and "
         "dotted lines ends of Block's blocks. The stream is what outputs are added to: the residual sum in "
         "plain, the running sum of its own block in Block, which starts anew with each, the output alone "
@@ -170,7 +170,7 @@ def ablations(table: Rows, out: Path) -> Page:
         f"orders is {tau.statistic:.2f} (p = {tau.pvalue:.2g})."
     )
     body = [
-        _markdown(["row, in the paper's order", "paper, nats/token", "here, bits/byte", "to plain"], cells),
+        markdown(["row, in the paper's order", "paper, nats/token", "here, bits/byte", "to plain"], cells),
         _figure(
             figures.orders(labels, ours[:, None] - ours[None], fates), out, "orders", "All pairs of rows"
         ),
@@ -206,7 +206,7 @@ def weights(table: Rows, out: Path) -> Page:
         for name in weighed
     ]
     body = [
-        _markdown(["scheme", *Structure._fields], cells),
+        markdown(["scheme", *_words(Structure)], cells),
         *drawn,
         _figure(figures.depth_matrices(matrices, token), out, "matrices", "Depth mixing matrices"),
         "Means over tokens and reads, ± standard deviation over seeds, without the reads of the first two "
@@ -252,7 +252,7 @@ def skipping(table: Rows, looks: Mapping[str, Look], out: Path) -> Page:
     header = ["scheme", "rise, median sublayer", "rise, first quarter", "last quarter"]
     body = [
         _figure(figures.by_depth(panels, _block_size(table)), out, "skipping", "Skipping and shares"),
-        _markdown([*header, "share of the next read, first quarter", "last quarter"], cells),
+        markdown([*header, "share of the next read, first quarter", "last quarter"], cells),
         "One sublayer's output is zero, all else stays as trained, on held-out text: nats per token, mean "
         "± standard deviation over seeds. A zero that is read keeps its weight. Share of the stream: RMS "
         "of the output over RMS of the sum that it is added to; Block has none where a block begins, Full "
@@ -361,9 +361,13 @@ def _spread(values, digits=2):
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def _markdown(header, cells):
-    lines = [[word.replace("_", " ") for word in header], ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table: a header, and rows of as many words."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells))
+
+
+def _words(fields):
+    return [name.replace("_", " ") for name in fields._fields]
 
 
 def _figure(figure, out, name, caption):

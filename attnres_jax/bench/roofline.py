@@ -98,13 +98,13 @@ def main(words: list[str]) -> int:
     for case in cases(args):
         try:
             traced = _traced(case, device)
-            names, limit = key(chip, case, program(traced)), ""
+            text = program(traced)
         except ValueError as refused:  # what the op says of sizes that it does not take
-            traced, limit = None, str(refused)
-            names = key(chip, case, limit)
+            traced, text = None, str(refused)
+        names = key(chip, case, text)
         if json.dumps(names) in done:
             continue
-        found = _measured(case, traced, device, chip, Path(args["dumps"])) if traced else {"error": limit}
+        found = _measured(case, traced, device, chip, Path(args["dumps"])) if traced else {"error": text}
         row = names | found
         row |= {"versions": report.versions(), "commit": report.commit()}
         print(_line(row), flush=True)
