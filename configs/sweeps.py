@@ -67,13 +67,18 @@ TABLE4: dict[str, Keys] = {
 """Rows of the paper's Table 4."""
 
 
+def _rate(width: int) -> float:
+    """The learning rate as 1/D through quick's."""
+    return 4e-3 * 64 / width
+
+
 def _size(blocks: int, width: int, tokens_per_parameter: float = 4.0) -> Keys:
-    """F = 3 D, heads of 16, the rate as 1/D through quick's; 2048 tokens an update."""
+    """F = 3 D, heads of 16; 2048 tokens an update."""
     parameters = blocks * 13 * width**2
     keys = {"blocks": blocks, "width": width, "heads": width // 16, "kv_heads": width // 16}
     model = {f"model.{key}": value for key, value in (keys | {"mlp_width": 3 * width}).items()}
     steps = round(tokens_per_parameter * parameters / 2048)
-    return model | {"train.steps": steps, "optim.lr": 4e-3 * 64 / width}
+    return model | {"train.steps": steps, "optim.lr": _rate(width)}
 
 
 SIZES = {f"d{blocks}": _size(blocks, width) for blocks, width in ((4, 32), (6, 48), (8, 64), (10, 80))}
@@ -86,7 +91,7 @@ at this size."""
 
 def _cell(shape: shapes.Shape) -> Keys:
     sizes = shape._asdict() | {"kv_heads": shape.heads}
-    return {f"model.{key}": value for key, value in sizes.items()}
+    return {f"model.{key}": value for key, value in sizes.items()} | {"optim.lr": _rate(shape.width)}
 
 
 def _product(first: dict[str, Keys], second: dict[str, Keys]) -> dict[str, Keys]:
