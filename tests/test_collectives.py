@@ -20,6 +20,7 @@ def step():
 def test_every_collective_as_by_hand(step):
     """(kind, bytes received in a run, runs, microseconds of compute while it travels)."""
     found = [(c.kind, c.received, c.times, round(c.hidden * 1e6)) for c in step.collectives]
+    assert {round(c.around * 1e6) for c in step.collectives if c.times == 5} == {87}
     assert found == [
         ("collective-permute", ROW, 5, 30),
         ("all-gather", 3 * ROW, 5, 50),  # of four devices: three rows of others

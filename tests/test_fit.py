@@ -298,7 +298,9 @@ def test_the_report(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     gather = {"kind": "all-gather", "runs": 4, "bytes": 3e9, "exposed": 1.5e9, "needed": 2e9}
     gather |= {"hidden": 0.75, "hardest": 7e9}
-    times = {"estimate_seconds": 0.2, "roofline_seconds": 0.1, "estimate_mfu": 0.4, "collectives": [gather]}
+    sent = {"kind": "collective-permute", "received": 6e6, "times": 60, "hidden": 5e-4, "around": 2e-3}
+    times = {"estimate_seconds": 0.2, "roofline_seconds": 0.1, "estimate_mfu": 0.4}
+    times |= {"collectives": [gather], "messages": [sent]}
     block = arm(True, flops=5e12, hbm_bytes=7e9, **times)
     whole = {"topology": "v5e:4x4", "devices": 16, "compile_memory": 2e9}
     aot.show(whole | {"arms": {"block": block, "plain": arm(False, 20 * GB, tried=[], untried=[])}})
@@ -310,6 +312,7 @@ def test_the_report(capsys, monkeypatch):
     assert " FLOPs of matrix products 5e+12 " in text
     assert " step by the compiler's cycles, ms 200.0 \n" in text
     assert " block all-gather 4 3 GB 50% 750 2.0 7.0 " in text
+    assert " block 60 6 MB 2 25.0% 12.0 " in text
     assert "plain: does not fit, 20 GB of 16 GB" in text
     assert "memory of the compiler: 2 GB" in text
 
@@ -388,16 +391,23 @@ def test_a_small_step_end_to_end(tmp_path, more):
 @pytest.mark.libtpu
 @pytest.mark.slow
 def test_permutes_of_a_pipeline_run_beside_compute(tmp_path):
-    """On v5p, where they are asynchronous: blocks and their cotangents travel while a chunk runs."""
-    more = ["--topology=v5p:2x2x1", "--config.mesh.stage=2", "--config.train.virtual_stages=2"]
-    more += ["--config.model.blocks=4", "--config.train.accumulation=4", f"--out={tmp_path / 'r.json'}"]
-    code, _, error = compile_it(*more)
+    """On v5p, where they are asynchronous: blocks and their cotangents travel while a chunk runs. What left
+    before the chunk has much of the first ticks, what the chunk made little: it waits for the chunk."""
+    more = ["--topology=v5p:2x2x1", "--config.mesh.stage=4", "--config.train.virtual_stages=2"]
+    more += ["--config.model.blocks=16", "--config.train.accumulation=8", f"--out={tmp_path / 'r.json'}"]
+    code, said, error = compile_it(*more, "--config.mesh.fsdp=1", "--config.data.batch=512")
     assert code == 0, error
     (block,) = json.loads((tmp_path / "r.json").read_text())["arms"].values()
     (permutes,) = (c for c in block["collectives"] if c["kind"] == "collective-permute")
-    assert permutes["runs"] > 8  # in every tick
     assert permutes["exposed"] == 0
     assert permutes["needed"] > 0
+    # Forward alone 7 ticks, both 12, backward alone 7: two blocks early, one fresh, three back.
+    unit = 16 * 1024 * 128 * 2
+    sent = [(m["times"], m["received"] / unit) for m in block["messages"]]
+    assert sorted(sent) == [(7, 1), (7, 2), (7, 3), (12, 1), (12, 2), (12, 3)]
+    first = {m["received"] / unit: m["hidden"] / m["around"] for m in block["messages"] if m["times"] == 7}
+    assert first[2] > 0.3 > first[1]
+    assert "Messages of a pipeline" in said
 
 
 @needs_libtpu

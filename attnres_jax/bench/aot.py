@@ -122,6 +122,8 @@ def _read(program, config, vocab, on):
         "estimate_seconds": planned.seconds,
         "estimate_mfu": wanted / on.chip.flops_per_second / planned.seconds,
         "collectives": [total._asdict() for total in every],
+        # What the pipeline sends; XLA makes permutes of its own.
+        "messages": [c._asdict() for c in planned.collectives if c.op_name.endswith("/ppermute")],
         "exposed_share": sum(t.exposed for t in every) / (sum(t.bytes for t in every) or 1.0),
     }
 
@@ -185,6 +187,8 @@ def show(whole: dict[str, Any]) -> None:
     if fitting:
         console.print(_table("Time: an estimate, links not counted", fitting, TIMES, CAPTION))
         console.print(_collectives(fitting))
+        if any(arm["messages"] for arm in fitting.values()):
+            console.print(_messages(fitting))
     for name, arm in arms.items():
         for line in verdict(name, arm):
             console.print(line, soft_wrap=True, highlight=False)
@@ -273,6 +277,21 @@ def _collectives(arms):
             hidden = f"{1e3 * t['hidden']:.6g}" if t["hidden"] else ""
             needed = (f"{t[rate] / 1e9:.1f}" if t["hidden"] else "" for rate in ("needed", "hardest"))
             rich.add_row(name, t["kind"], f"{t['runs']:g}", _bytes(t["bytes"]), share, hidden, *needed)
+        rich.add_section()
+    return rich
+
+
+def _messages(arms):
+    columns = "ticks", "bytes", "compute of a tick, ms", "of it hides", "needed GB/s"
+    rich = Table("residual", *columns, title="Messages of a pipeline, each by itself")
+    for column in rich.columns[1:]:
+        column.justify = "right"
+    for name, arm in arms.items():
+        for m in arm["messages"]:
+            hidden, around = m["hidden"], m["around"]
+            needed = f"{m['received'] / hidden / 1e9:.1f}" if hidden else ""
+            share = f"{hidden / around:.1%}" if around else ""
+            rich.add_row(name, f"{m['times']:g}", _bytes(m["received"]), f"{1e3 * around:.4g}", share, needed)
         rich.add_section()
     return rich
 

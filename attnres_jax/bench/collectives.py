@@ -30,6 +30,8 @@ class Collective(NamedTuple):
     times: float
     hidden: float
     """Seconds of compute between start and done; 0: the device waits for all of it."""
+    around: float
+    """Seconds of compute of what it stands in, a loop's round or the whole program."""
     op_name: str
 
     @property
@@ -82,7 +84,8 @@ def schedule(module: Module, kernels: Mapping[str, Kernel], chip: Chip, clock: f
                 # Without a done here it travels on: into the loop's next round.
                 end = at[i.name] if done == i.name else at.get(done, now)
                 kind, received = inner.opcode.removesuffix("-start"), _received(inner)
-                found.append(Collective(kind, received, times, end - at[i.name], i.op_name or inner.op_name))
+                hidden, op_name = end - at[i.name], i.op_name or inner.op_name
+                found.append(Collective(kind, received, times, hidden, now, op_name))
         return now
 
     return Schedule(run(module.entry, 1.0), found)
