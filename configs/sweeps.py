@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from attnres_jax import configs
 from attnres_jax.configs import shapes
-from attnres_jax.configs.base import ConfigError, choose
+from attnres_jax.configs.base import KEYS, ConfigError, choose
 
 Keys = dict[str, Any]
 
@@ -72,6 +72,10 @@ def _rate(width: int) -> float:
     return 4e-3 * 64 / width
 
 
+def _residuals(rows: dict[str, Keys]) -> set[str]:
+    return {keys["residual"] for keys in rows.values()}
+
+
 def _size(blocks: int, width: int, tokens_per_parameter: float = 4.0) -> Keys:
     """F = 3 D, heads of 16; 2048 tokens an update."""
     parameters = blocks * 13 * width**2
@@ -98,8 +102,15 @@ def _product(first: dict[str, Keys], second: dict[str, Keys]) -> dict[str, Keys]
     return {f"{a}-{b}": first[a] | second[b] for b in second for a in first}
 
 
+OTHERS = ("plain", *(n for n in KEYS["residual"].legal.options if n not in _residuals(TABLE4)))
+
 SWEEPS: dict[str, Sweep] = {
     "table4": Sweep("ablations, Table 4 of the paper", TABLE4, {"model.blocks": 12}, claims=True),
+    "others": Sweep(
+        "the schemes that are not in Table 4, beside plain",
+        {n: {"residual": n} for n in OTHERS},
+        {"model.blocks": 12},
+    ),
     "block_size": Sweep(
         "S of Block AttnRes over 32 sublayers, beside plain, Figure 6",
         {"plain": SCHEMES["plain"]}

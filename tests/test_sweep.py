@@ -15,7 +15,7 @@ import pytest
 
 from attnres_jax import __main__, configs
 from attnres_jax.analysis import compare, inspect
-from attnres_jax.configs import shapes, sweeps
+from attnres_jax.configs import base, shapes, sweeps
 from attnres_jax.train import runs, sweep, workdir
 
 FAKE = """
@@ -61,7 +61,7 @@ def test_every_row_is_a_legal_config_with_the_keys_it_names(name):
     assert len({json.dumps(each) for each in flat}) == len(flat)
 
 
-@pytest.mark.parametrize("name", ["table4", "block_size"])
+@pytest.mark.parametrize("name", ["table4", "others", "block_size"])
 def test_rows_of_a_seed_are_pairs(name):
     """What differs is the scheme alone: initial weights, data and their order are the seed's."""
     members = sweeps.members(sweeps.SWEEPS[name], "quick", seeds=2)
@@ -80,6 +80,13 @@ def test_sizes_and_cells_see_the_same_data_in_the_same_order():
     schemes = [m for m in sweeps.members(sweeps.SWEEPS["scaling"], "quick", seeds=1) if "-d8-" in m.name]
     assert len({compare.pair(configs.to_flat(member.config)) for member in schemes}) == 1
     assert len(schemes) == 3
+
+
+def test_every_scheme_is_a_row():
+    """Of Table 4 or beside it, and beside it none twice but the plain residual."""
+    rows = [keys["residual"] for name in ("table4", "others") for keys in sweeps.SWEEPS[name].rows.values()]
+    assert set(rows) == set(base.KEYS["residual"].legal.options)
+    assert len(rows) == len(set(rows)) + 1  # plain is in both
 
 
 def test_table_4_is_the_papers():
