@@ -196,6 +196,20 @@ def test_rows_of_one_scheme_are_told_apart():
     assert [row.scheme for row in compare.summaries(runs)] == ["block S=4", "block S=2"]
 
 
+def test_rows_that_differ_in_much_are_called_as_their_folders():
+    """Where the folders of a row's seeds are alike, and those of no other row."""
+
+    def rows(*names):
+        sizes = {"model.width": 48}, {"model.width": 96, "model.mlp_width": 200, "optim.lr": 0.5}
+        made = [run("block", seed, **size) for size in sizes for seed in (0, 1)]
+        made = [one._replace(name=name) for one, name in zip(made, names, strict=True)]
+        return [row.scheme for row in compare.summaries(made)]
+
+    assert rows("block-a-0", "block-a-1", "b-0", "b-1") == ["block S=4 (a)", "block S=4 (b)"]
+    for unlike in (("a-0", "a-1", "a-0", "a-1"), ("a-0", "b-1", "c", "d")):
+        assert all("model.width=" in label for label in rows(*unlike))
+
+
 def test_same_run_twice_is_refused():
     with pytest.raises(compare.NotComparable, match="plain-0 and plain-0 have the same config"):
         compare.table([run("plain"), run("plain")])
@@ -288,7 +302,8 @@ def test_a_scheme_has_one_colour():
 def rows_of(sweep):
     """The labels that a sweep's rows have in its figures."""
     members = sweeps.members(sweep, "quick", seeds=1)
-    found = compare.groups([run("plain")._replace(config=configs.to_flat(m.config)) for m in members])
+    made = [run("plain")._replace(name=m.name, config=configs.to_flat(m.config)) for m in members]
+    found = compare.groups(made)
     assert len(found) == len(sweep.rows)
     return [group.label for group in found]
 
@@ -297,7 +312,10 @@ def rows_of(sweep):
 def test_no_two_look_alike(labels):
     """Lines by colour, dash and marker, held-out dots by colour and marker; and a dot is its line's."""
     series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in labels]
-    drawn = figures.loss_curves(series, series).axes[0].lines
+    figure = figures.loss_curves(series, series)
+    assert not list(untidy(figure))
+    assert all(axes.get_position().width > 0.2 for axes in figure.axes)
+    drawn = figure.axes[0].lines
     lines, dots = drawn[: len(labels)], drawn[len(labels) :]
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == len(labels)
     marks = [[(line.get_color(), line.get_marker()) for line in each] for each in (lines, dots)]

@@ -66,7 +66,8 @@ def test_depth_against_width(tmp_path, monkeypatch):
         return (2.6 if name == "plain" else 2.5) + abs(np.log2(ratio / 8)) / 10
 
     text, figure = page("depth_width", finished("depth_width", bits), tmp_path, monkeypatch)
-    assert "| plain | 8 |" in text
+    assert "over 1 seed: plain at D/L_b = 8, H/L_b = 0.25; block at D/L_b = 8, H/L_b = 0.25." in text
+    assert "| 8 | 0.25 | 8 | 64 | 2 | 188 | 2.6000 | 2.5000 |" in text
     for axes, (name, low) in zip(figure.axes[:2], (("plain", 2.6), ("block", 2.5)), strict=True):
         assert axes.get_title() == name
         assert axes.get_xlabel() == "H / L_b (heads per transformer block)"
@@ -83,7 +84,9 @@ def test_depth_against_width(tmp_path, monkeypatch):
 
 def test_cells_that_were_not_run_are_blank(tmp_path, monkeypatch):
     made = finished("depth_width", lambda *_: 2.5, 2, ("plain-w8-h0.5", "plain-w4-h0.25"))
-    _, figure = page("depth_width", made, tmp_path, monkeypatch)
+    text, figure = page("depth_width", made, tmp_path, monkeypatch)
+    assert text.count("| 2.5050 |") == 2
+    assert "over 2 seeds: " in text
     assert len(figure.axes) == 2  # one scheme and the scale
     assert [text.get_text() for text in figure.axes[0].texts if text.get_text()] == ["2.505"] * 2
 

@@ -305,16 +305,28 @@ def _identity(run):
 
 
 def _labels(members):
-    """The scheme, and what else tells rows of the same scheme apart."""
+    """The scheme, and what else tells rows of the same scheme apart: up to two keys, else their folders."""
     each = [_identity(next(iter(runs.values()))) for runs in members]
     names = [_scheme_label(config) for config in each]
-    labels = []
-    for name, config in zip(names, each, strict=True):
+    called, labels = [f"{name} ({_stem(runs)})" for name, runs in zip(names, members, strict=True)], []
+    for name, config, short in zip(names, each, called, strict=True):
         twins = [other for label, other in zip(names, each, strict=True) if label == name]
         keys = [key for key in sorted(set().union(*twins)) if _different(twins, key)]
         detail = ", ".join(f"{key}={config.get(key)}" for key in keys)
-        labels.append(f"{name} ({detail})" if detail else name)
+        if len(keys) > 2 and called.count(short) == 1 and short != f"{name} ()":
+            labels.append(short)
+        else:
+            labels.append(f"{name} ({detail})" if detail else name)
     return labels
+
+
+def _stem(runs):
+    """What the folders of a group's runs are called, without the scheme and the seed; "" where not alike."""
+    found = {
+        run.name.removesuffix(f"-{seed}").removeprefix(f"{run.config['residual']}-")
+        for seed, run in runs.items()
+    }
+    return found.pop() if len(found) == 1 else ""
 
 
 def _scheme_label(config):

@@ -43,13 +43,26 @@ def depth_width(runs: Sequence[Run], out: Path) -> tuple[str, str]:
     }
     figures.save(figures.depth_width(tables, ratios, heads), out / "depth_width.png")
     best = [min((loss, *key) for key, loss in bits.items() if key[0] == name) for name in tables]
-    rows = [(name, f"{ratio:g}", f"{head:g}", f"{loss:.4f}") for loss, name, ratio, head in best]
+    found = "; ".join(f"{name} at D/L_b = {ratio:g}, H/L_b = {head:g}" for _, name, ratio, head in best)
+    seeds = len({run.config["seed"] for run in runs})
     said = (
-        "Figure: mean over seeds. The ratios are those asked for; whole numbers of heads and blocks are "
-        "near them. In the paper (D/L_b 15 to 75): plain is best at about 60, AttnRes at about 45."
+        f"Lowest here, over {seeds} seed{'s' * (seeds > 1)}: {found}. In the paper (D/L_b 15 to 75): plain "
+        "at about 60, AttnRes at about 45. The ratios are those asked for; whole numbers of heads and "
+        "blocks are near them."
     )
-    body = markdown(("scheme", "best D/L_b", "best H/L_b", "bits/byte there"), rows)
-    return "Depth against width", f"{body}\n\n{said}\n\n![Depth against width](depth_width.png)"
+    table = markdown(("D/L_b", "H/L_b", "L_b", "D", "H", "F", *tables), _rows(cells, bits, tables))
+    body = f"{said}\n\n![Depth against width](depth_width.png)\n\nHeld-out bits per byte:\n\n{table}"
+    return "Depth against width", body
+
+
+def _rows(cells, bits, names):
+    """A row for each cell that was run: what was asked for, its shape, the loss of each scheme."""
+    for shape, (ratio, heads) in cells.items():
+        losses = [bits.get((name, ratio, heads)) for name in names]
+        if any(losses):
+            asked = f"{ratio:g}", f"{heads:g}"
+            sizes = map(str, (shape.blocks, shape.width, shape.heads, shape.mlp_width))
+            yield *asked, *sizes, *(f"{loss:.4f}" if loss else "" for loss in losses)
 
 
 PAGES: dict[str, Callable[[Sequence[Run], Path], tuple[str, str]]] = {

@@ -6,7 +6,7 @@ what decides a word ("lower", "not resolved") is computed too. A row that was no
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -361,7 +361,7 @@ def _spread(values, digits=2):
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
     """A table: a header, and rows of as many words."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells))
 
