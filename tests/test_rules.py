@@ -11,7 +11,7 @@ import toys
 
 from attnres_jax import depth, ops
 from attnres_jax.depth import Rows
-from attnres_jax.residuals.ablations import Additive, Biased, InputQuery
+from attnres_jax.residuals.ablations import Additive, Biased
 from attnres_jax.residuals.attention import AttnRes
 from attnres_jax.rules import Rule, no_kernel
 
@@ -25,12 +25,10 @@ CASES = {
     "biased": (Biased, {}),
     "static": (Biased, {"queries": False}),
     "additive": (Additive, {}),
-    "input_query": (InputQuery, {}),
     "sigmoid_heads_biased": (Biased, {"activation": "sigmoid", "heads": HEADS}),
     "additive_unnormed_heads": (Additive, {"key_norm": False, "heads": HEADS}),
-    "input_query_heads": (InputQuery, {"heads": HEADS}),
 }
-FAST = ("sigmoid", "heads", "biased", "input_query")
+FAST = ("sigmoid", "heads", "biased")
 cases = pytest.mark.parametrize(
     "case", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES]
 )
@@ -42,14 +40,10 @@ def scheme_of(case, size):
     return cls(block_size=size, eps=EPS, **switches)
 
 
-def read(case, values, query, key_scale, eps, present, logits, query_map):
+def read(case, values, query, key_scale, eps, present, logits):
     """The equations, head by head; values [R,B,T,D] -> h, weights [R,B,T] or, with heads, [R,B,T,H]."""
     cls, switches = CASES[case]
     values = jnp.where(present[:, None, None, None], values, 0)
-    stream = values.sum(0)
-    queries = jnp.broadcast_to(query, (*stream.shape[:-1], len(query)))
-    if cls is InputQuery:
-        queries = queries + stream / jnp.sqrt((stream**2).mean(-1, keepdims=True) + eps) @ query_map
     keys = values[..., D - KEYS :] if "key_width" in switches else values
     if switches.get("key_norm", True):
         keys = keys / jnp.sqrt((keys**2).mean(-1, keepdims=True) + eps)
@@ -57,7 +51,7 @@ def read(case, values, query, key_scale, eps, present, logits, query_map):
     for h in range(heads):
         own, of_keys = slice(h * D // heads, (h + 1) * D // heads), slice(None)
         of_keys = own if heads > 1 else of_keys
-        score = (queries[..., of_keys] * keys[..., of_keys]).sum(-1) + logits[:, None, None]
+        score = (query[of_keys] * keys[..., of_keys]).sum(-1) + logits[:, None, None]
         score = jnp.where(present[:, None, None], score, -jnp.inf)
         if switches.get("activation") == "sigmoid":
             weights = 1 / (1 + jnp.exp(-score))
@@ -78,7 +72,6 @@ def equations(case, size, toy):
     sources = oracle.block_sources(len(KINDS), size)
     query = both.get("query", jnp.zeros((reads, width)))
     scale = both.get("key_scale", jnp.ones((reads, width)))
-    maps = both.get("query_map", jnp.zeros((reads, 1, 1)))
     logits = jnp.zeros(sources.shape[:2])
     if "logits" in both:
         counts = scheme.schedule(len(KINDS)).counts
@@ -87,8 +80,8 @@ def equations(case, size, toy):
             columns = [*range(n - running), *[sources.shape[1] - 1] * running]
             logits = logits.at[l, :n].set(both["logits"][l, np.array(columns)])
     layers = toys.layers(toy.params)
-    how, more = partial(read, case), (logits, maps)
-    return oracle.stack(sources, query, scale, KINDS, layers, toy.x, EPS, how, more)
+    how = partial(read, case)
+    return oracle.stack(sources, query, scale, KINDS, layers, toy.x, EPS, how, (logits,))
 
 
 def with_gradient(network, toy):

@@ -295,6 +295,17 @@ def test_window(x64):
     dense("window", mixture, window=2)
 
 
+def test_input_query(x64):
+    """Each token asks by what the read before gave it, the second by the embedding: paper, Table 4."""
+
+    def mixture(p, v, h):
+        before = h[-1] if h else v[0]
+        query = p["query"] + before @ p["query_map"] / D
+        return np.einsum("rbt,rbtd->btd", shares(p | {"query": query}, v), v)
+
+    dense("full_input_query", mixture)
+
+
 # Step 0 -----------------------------------------------------------------------------------------
 
 
@@ -412,6 +423,16 @@ def test_reads_start_as_the_mean_of_their_sources(name, x64):
     got, want, _ = first(name)
     for R, h, u in zip(make(name).schedule(L).counts, got, want, strict=True):
         oracle.assert_close(R * h, u, 1e-5)  # eps of the pre-norm
+
+
+def test_input_queries_start_as_those_of_full(x64):
+    """With maps of zero, whatever the static queries are."""
+    full = make("full")
+    toy = drawn(full)
+    maps = started(make("full_input_query")).mix
+    mix = {part: maps[part] | toy.mix[part] for part in maps}
+    got = run(make("full_input_query"), toy._replace(mix=mix))[0].mixtures
+    oracle.assert_close(got, run(full, toy)[0].mixtures, 1e-12)
 
 
 def test_sigmoid_starts_as_half_the_stream(x64):

@@ -58,7 +58,6 @@ def queries(rng, template) -> dict[str, Any]:
         "query": lambda shape: draw(rng, shape, shape[-1] ** -0.5),
         "key_scale": lambda shape: draw(rng, shape, 0.5, 1.0),
         "logits": lambda shape: draw(rng, shape),
-        "query_map": lambda shape: draw(rng, shape, shape[-2] ** -0.5),
     }
     return {name: draws[name](leaf.shape) for name, leaf in template.items()}
 

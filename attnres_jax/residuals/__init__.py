@@ -43,7 +43,7 @@ SCHEMES = {
     "full_unnormed": Entry("attention", "AttnRes", (), {"key_norm": False}),
     "full_static": Entry("ablations", "Biased", ("eps",), {"queries": False}),
     "full_recency": Entry("ablations", "Biased", ("eps",), {"recency": 1.0}),
-    "full_input_query": Entry("ablations", "InputQuery", ("eps",)),
+    "full_input_query": Entry("dense", "InputQuery", ("eps",)),
     "block_unnormed": Entry("attention", "AttnRes", ("block_size",), {"key_norm": False}),
     "block_heads": Entry("attention", "AttnRes", ("block_size", "eps", "heads")),
     "block_sliced": Entry("attention", "AttnRes", ("block_size", "eps", "key_width")),

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from attnres_jax import depth
 from attnres_jax.axes import compute_dtype
-from attnres_jax.norm import RMSNorm
-from attnres_jax.residuals.attention import AttnRes, Opened
+from attnres_jax.residuals.attention import AttnRes
 from attnres_jax.residuals.base import Mix, Read
 
 
@@ -106,64 +104,3 @@ def plus(a: Any, b: Any) -> Float[Array, "B T D"]:
     """Of two [B,T,D] the sum, rounded once."""
     dtype = compute_dtype(a.dtype)
     return (a.astype(dtype) + b.astype(dtype)).astype(a.dtype)
-
-
-class Mapped(NamedTuple):
-    """A sublayer's share: its query, whether the running sum is empty, and the matrix that makes another
-    query of the plain stream."""
-
-    w: Float[Array, "... K"]
-    first: Bool[Array, "..."]
-    matrix: Float[Array, "... D K"]
-
-
-@dataclass(frozen=True)
-class InputQuery(AttnRes):
-    """Input-dependent queries (Table 4): `q_l = query_l + u_l W_l`, `u_l` the plain residual stream, normed.
-
-    The plain stream is the sum of the read's sources; `W_l` (`query_map`) starts at zero. Queries that depend
-    on the input cannot be asked ahead: one phase, in jnp whatever the implementation. The paper projects the
-    hidden state h_{l-1} without more; u_l needs nothing that a read does not have, the static query beside it
-    gives the start of AttnRes. Results are of this variant. W decays.
-    """
-
-    axes: ClassVar = {"query_map": "LD>K"}
-
-    @property
-    def no_kernel(self):
-        return "its queries depend on the input, which kernels do not take"
-
-    def init(self, sublayers, width):
-        keys, made = self.key_width or width, super().init(sublayers, width)
-        maps = {"query_map": jnp.zeros((sublayers, width, keys))}, {"query_map": jnp.zeros((width, keys))}
-        return Mix(*(pair | one for pair, one in zip(made, maps, strict=True)))
-
-    def open(self, mix, history, begins=True) -> tuple[Any, Any]:
-        w = self._weight(mix, history)
-        matrix = mix["query_map"].astype(w.dtype) * mix["key_scale"].astype(w.dtype)[:, None]
-        return Mapped(w, (jnp.arange(len(w)) == 0) & begins, matrix), Opened(history, None)
-
-    def read(self, slot, history, stream, norm, row=None):
-        running = () if stream is None else (depth.Rows(stream[None], (~slot.first).astype(jnp.int32)),)
-        read = self._asked(slot, (*history.rows, *running))
-        return Read(norm(read.mixture), read.mixture, read.weights, history, stream)
-
-    def finish(self, mix, history):
-        slot, _ = self.open({k: v[None] for k, v in mix.items()}, history)
-        return self._asked(jax.tree.map(lambda a: a[0], slot), history)
-
-    def _asked(self, slot, rows):
-        """The read of `rows` by each token's own query."""
-        u = total(rows)
-        u = RMSNorm(jnp.ones(u.shape[-1]), self.eps)(u).astype(slot.w.dtype)
-        w = slot.w + jnp.einsum("btd,dk->btk", u, slot.matrix, precision="highest")
-
-        def one(w, sources):
-            if self.two_phase:
-                parts = [depth.Rows(v, r.n) for v, r in zip(sources, rows, strict=True)]
-                return depth.partial_mix(w[None], parts, self.rule).mixture[0], None
-            return tuple(depth.mix(w, [v for array in sources for v in array], self.rule))
-
-        tokens = jax.vmap(jax.vmap(one, (0, 1), (0, 1)), (0, 1), (0, 1))
-        mixture, weights = tokens(w, tuple(r.array for r in rows))
-        return Read(mixture, mixture, weights)

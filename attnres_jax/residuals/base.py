@@ -129,6 +129,6 @@ class Scheme(ABC):
         return None
 
 
-def append(history: tuple[Rows, ...], stream: Float[Array, "B T D"]) -> tuple[Rows, ...]:
+def append(history: tuple[Rows, ...], stream: Float[Array, "*m B T D"]) -> tuple[Rows, ...]:
     """`close` of an append-only scheme. The barrier's transpose sums cotangents block by block."""
     return (*history, Rows(jax.lax.optimization_barrier(stream)[None]))

@@ -1,4 +1,5 @@
-"""Schemes whose reads see every earlier output: DenseNet, DenseFormer, a sliding window of Full AttnRes.
+"""Schemes whose reads see every earlier output: DenseNet, DenseFormer, Full AttnRes in a window or by queries
+of the input.
 
 History: the sources, as append-only rows, one a sublayer. Stream: h of the sublayer, which its block (of one
 sublayer) opens with. So equal sublayers run in one scan, and parameters of read l cover L + 1 sources: those
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from attnres_jax.axes import compute_dtype
 from attnres_jax.depth import Rows
+from attnres_jax.norm import RMSNorm
 from attnres_jax.residuals.base import Mix, Read, Scheme, append
 from attnres_jax.rules import Rule, scores
 from attnres_jax.schedule import BlockSchedule
@@ -153,13 +155,53 @@ class SlidingWindow(Dense):
     axes: ClassVar = {"query": "LD", "key_scale": "LD"}
 
     def init(self, sublayers, width):
-        def pair(*shape):
-            return {"query": jnp.zeros(shape), "key_scale": jnp.ones(shape)}
-
-        return Mix(pair(sublayers, width), pair(width))
+        return Mix(_asking(sublayers, width), _asking(width))
 
     def weigh(self, slot, rows, seen):
         place = jnp.arange(len(rows))
         near = (place == 0) | (place >= jnp.sum(seen) - self.window)
         s = scores(slot["query"] * slot["key_scale"], rows, Rule(self.eps))
         return jax.nn.softmax(jnp.where((seen & near)[:, None, None], s, -jnp.inf), 0)
+
+
+@dataclass(frozen=True)
+class InputQuery(Dense):
+    """Input-dependent queries (arXiv 2603.15031, table 4): `q_l = query_l + h_{l-1} W_l / D`, one a token.
+
+    h_{l-1} is the mixture that the sublayer before read, as it is; for the first read, whose one source is
+    the embedding, that. Rows hold an output and its sublayer's read, [2,B,T,D]: twice what Full keeps and a
+    pipeline sends. The paper has the projection alone. Ours: the static query beside it and W (`query_map`)
+    zero at first, which is the start of Full AttnRes; the 1 / D, by which an update of Adam's moves a query
+    as much as it moves a static one (what else was tried: configs/LOG.md). W decays.
+    """
+
+    eps: float = 1e-6
+    axes: ClassVar = {"query": "LD", "key_scale": "LD", "query_map": "LD>d"}
+
+    def init(self, sublayers, width):
+        def asking(*shape):
+            return _asking(*shape) | {"query_map": jnp.zeros((*shape, width))}
+
+        return Mix(asking(sublayers, width), asking(width))
+
+    def start(self, x):
+        return (Rows(jnp.stack([x, x])[None]),)
+
+    def write(self, slot, stream, y):
+        return jnp.stack([y, stream])
+
+    def weigh(self, slot, rows, seen):
+        h, keys = slot["before"], RMSNorm(slot["key_scale"], self.eps)(rows)
+        query = slot["query"] + jnp.matmul(h, slot["query_map"], precision="highest") / h.shape[-1]
+        return jax.nn.softmax(jnp.where(seen[:, None, None], jnp.sum(query * keys, -1), -jnp.inf), 0)
+
+    def _weights(self, slot, history):
+        array, n = history[-1]
+        before = array[(len(array) if n is None else n) - 1, 1]
+        outputs = [Rows(some.array[:, 0], some.n) for some in history]
+        return super()._weights(slot | {"before": before}, outputs)
+
+
+def _asking(*shape):
+    """Queries and key scales of AttnRes."""
+    return {"query": jnp.zeros(shape), "key_scale": jnp.ones(shape)}
