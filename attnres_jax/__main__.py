@@ -266,20 +266,18 @@ def _inspect_model(config, devices):
 def _inspect_pipeline(config, counts, out):
     stages, virtual_stages, microbatches = counts
     from attnres_jax.analysis import pipeline
-    from attnres_jax.parallel.chunk import apart
+    from attnres_jax.models.transformer import REMAT
+    from attnres_jax.parallel.chunk import Chunked
     from attnres_jax.parallel.timetable import Chunks, Timetable
 
-    scheme, sublayers = configs.model_config(config, 1).scheme, 2 * config.model.blocks
-    if not apart(scheme):
-        raise configs.UserError(
-            f"residual {config.residual!r} keeps no completed blocks: all that it keeps travels as one "
-            "unit; --pipeline draws the messages of one that does, such as block"
-        )
+    model = configs.model_config(config, vocab=1)
+    size = model.scheme.schedule(model.sublayers).block_size
     try:
-        chunks = Chunks(sublayers, scheme.schedule(sublayers).block_size, stages, virtual_stages)
-        pipeline.report(chunks, Timetable(stages, virtual_stages, microbatches), out)
+        chunks = Chunks(model.sublayers, size, stages, virtual_stages)
+        table = Timetable(stages, virtual_stages, microbatches)
     except ValueError as error:
         raise configs.UserError(str(error)) from None
+    pipeline.report(Chunked(model.scheme, model.kinds, chunks, REMAT[model.remat]), table, model.width, out)
 
 
 def _compile_arguments(parser):

@@ -102,11 +102,12 @@ def test_nothing_else_goes_over_stage_in_a_tick():
 
 
 @pytest.mark.slow
-def test_plain_sends_one_unit():
-    """Its stream goes from stage to stage and around, the cotangent back."""
-    found = hops(compiled((3, 2, 6, 6), "plain"))
+@pytest.mark.parametrize(("residual", "streams"), [("plain", 1), ("mhc", 4)])
+def test_a_history_that_is_one_unit_is_sent_whole(residual, streams):
+    """The stream, or all of several, goes from stage to stage and around, the cotangents back."""
+    found = hops(compiled((3, 2, 6, 6), residual))
     assert found.ticks == Timetable(3, 2, 6).phases
-    assert found.units == (1, 2, 1)
+    assert found.units == (streams, 2 * streams, streams)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from attnres_jax import __main__
 from attnres_jax.parallel.timetable import Chunks, Timetable, sent, text
 from attnres_jax.schedule import BlockSchedule
 
@@ -199,32 +198,6 @@ def test_drawn():
 def test_errors(make, said):
     with pytest.raises(ValueError, match=said):
         make()
-
-
-def test_inspected(tmp_path, capsys):
-    """The command draws the pipeline of a config, and says what does not fit."""
-    words = ["inspect", "--config=lm:d12,block8", f"--out={tmp_path / 'timetable.png'}"]
-    assert __main__.main([*words, "--pipeline=4x2x8"]) == 0
-    said = capsys.readouterr().out
-    assert "24 sublayers, AttnRes blocks of 8, in 8 chunks" in said
-    assert text(Timetable(4, 2, 8)) in said
-    assert (tmp_path / "timetable.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (("--pipeline=4x2x7",), "must be a multiple of it, got 7"),
-        (("--pipeline=4x2",), "such as 4x2x8"),
-        (("--pipeline=16x2x32",), "12 transformer blocks cannot fill 32 chunks"),
-        (("--out=a.png",), "--out goes with --pipeline"),
-        (("--pipeline=4x2x8", "--devices=4"), "--devices does not go with --pipeline"),
-        (("--pipeline=4x2x8", "--config.residual=hc"), "keeps no completed blocks"),
-    ],
-)
-def test_inspected_in_vain(more, said, capsys):
-    assert __main__.main(["inspect", "--config=lm:d12,block8", *more]) == 2
-    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", GRID, ids=str)
