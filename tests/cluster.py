@@ -1,9 +1,11 @@
 """Runs of a tiny model in processes of their own, one or several, for the tests of faults."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from attnres_jax.train import workdir
@@ -43,13 +45,22 @@ def start(words, count=1):
     """One process, or `count` of them joined; stderr and stdout together."""
     cluster = [str(ROOT / "launch/local_cluster.sh"), str(count), "--"] if count > 1 else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(cluster + words, env=environment(), cwd=ROOT, **pipes)
+    return subprocess.Popen(cluster + words, env=environment(), cwd=ROOT, start_new_session=True, **pipes)
+
+
+def ended(process, seconds):
+    """All that a process of `start` said; none of its workers is left, even if it is not done by then."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(words, count=1):
     """Until it ends; (exit code, all it said)."""
     process = start(words, count)
-    said, _ = process.communicate(timeout=300)
+    said = ended(process, 300)
     return process.returncode, said
 
 

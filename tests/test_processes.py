@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import cluster
 import numpy as np
@@ -14,16 +15,24 @@ from attnres_jax.configs import UserError
 from attnres_jax.parallel import processes
 
 SAME = {"rtol": 2e-5}  # fp32, sums over the batch in another order
-STAGED = {"mesh__stage": 2, "train__accumulation": 2}  # each process is a stage of a pipeline
+# Each process is a stage of a pipeline. The last of four has a transformer block more: then layers in order
+# of stages, which are filled up, are not those of the checkpoint.
+STAGED = {"mesh__stage": 2, "train__accumulation": 2}
+FOUR = {"mesh__stage": 4, "train__accumulation": 4, "model__blocks": 5}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run of one process."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    code, said = cluster.run(cluster.command(folder))
-    assert code == 0, said
-    return folder
+    """The run of one process, of the number of transformer blocks."""
+
+    @cache
+    def run(blocks):
+        folder = tmp_path_factory.mktemp("alone") / "run"
+        code, said = cluster.run(cluster.command(folder, model__blocks=blocks))
+        assert code == 0, said
+        return folder
+
+    return run
 
 
 def assert_same_losses(folder, alone):
@@ -32,12 +41,12 @@ def assert_same_losses(folder, alone):
     np.testing.assert_allclose([*found.values()], [*wanted.values()], **SAME)
 
 
-def told_to_stop(folder, words):
-    """Two processes, of which the second is sent SIGTERM; the step that both saved."""
-    running = cluster.start(words, 2)
+def told_to_stop(folder, words, count):
+    """So many processes, of which the second is sent SIGTERM; the step that all saved."""
+    running = cluster.start(words, count)
     cluster.wait_for_step(folder, 2, running)
     os.kill(cluster.member(folder, 1), signal.SIGTERM)
-    said, _ = running.communicate(timeout=120)
+    said = cluster.ended(running, 120)
     assert running.returncode == 0, said
     assert "told to stop: saved step" in said
     (saved,) = cluster.finished(folder)
@@ -50,7 +59,7 @@ def test_two_processes_told_to_stop_go_on_as_one(tmp_path):
     """SIGTERM to one of two: both save the same step and exit 0. One process on another mesh goes on with
     the same data: its losses are those of one process all the way."""
     folder, whole = tmp_path / "two", tmp_path / "one"
-    saved = told_to_stop(folder, cluster.command(folder, train__steps=10_000, mesh__fsdp=-1, mesh__data=1))
+    saved = told_to_stop(folder, cluster.command(folder, train__steps=10_000, mesh__fsdp=-1, mesh__data=1), 2)
     more = {"train__steps": 10_000, "train__stop_after": saved + 3}
     for run in (folder, whole):
         code, said = cluster.run(cluster.command(run, **more))
@@ -60,14 +69,14 @@ def test_two_processes_told_to_stop_go_on_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_stages_told_to_stop_go_on_without_a_pipeline_and_back(tmp_path):
-    """The same of a process for each stage; then one process without stages, then two stages again."""
+def test_four_stages_told_to_stop_go_on_without_a_pipeline_and_back(tmp_path):
+    """The same of a process for each stage; then one process without stages, then four stages again."""
     folder, whole = tmp_path / "stages", tmp_path / "one"
-    saved = told_to_stop(folder, cluster.command(folder, train__steps=10_000, **STAGED))
-    alone = STAGED | {"mesh__stage": 1}
+    saved = told_to_stop(folder, cluster.command(folder, train__steps=10_000, **FOUR), 4)
+    alone = FOUR | {"mesh__stage": 1}
     for run, count, mesh, to in (
         (folder, 1, alone, saved + 2),
-        (folder, 2, STAGED, saved + 4),
+        (folder, 4, FOUR, saved + 4),
         (whole, 1, alone, saved + 4),
     ):
         words = cluster.command(run, train__steps=10_000, train__stop_after=to, **mesh)
@@ -85,34 +94,42 @@ def test_two_stages_told_to_stop_go_on_without_a_pipeline_and_back(tmp_path):
         (4, {}),
         (4, {"mesh__data": 2, "mesh__fsdp": 2}),
         (2, STAGED),
+        (4, FOUR),
         (4, STAGED | {"mesh__data": 2}),
     ],
-    ids=["tensor", "data", "data and fsdp", "stage", "stage and data"],
+    ids=["tensor", "data", "data and fsdp", "two stages", "four stages", "stage and data"],
 )
 def test_processes_are_one(alone, tmp_path, count, mesh):
     code, said = cluster.run(cluster.command(tmp_path / "run", **mesh), count)
     assert code == 0, said
-    assert_same_losses(tmp_path / "run", alone)
+    assert_same_losses(tmp_path / "run", alone(mesh.get("model__blocks", cluster.TINY["model.blocks"])))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "mesh"), [(0, {}), (1, {}), (1, STAGED)], ids=["0", "1", "stage 1"])
 def test_the_others_stop_when_one_dies(tmp_path, victim, mesh):
-    """Within the heartbeat and a little; what was saved continues on one process."""
-    folder, steps = tmp_path / "run", {"train__steps": 10_000, "checkpoint__every": 2} | mesh
+    """Within the heartbeat and a little; what was saved continues on one process, without stages: its losses
+    are those of one process all the way."""
+    folder, whole, steps = (
+        tmp_path / "run",
+        tmp_path / "one",
+        {"train__steps": 10_000, "checkpoint__every": 2} | mesh,
+    )
     running = cluster.start(cluster.command(folder, **steps), 2)
     cluster.wait_for_step(folder, 8, running)
     os.kill(cluster.member(folder, victim), signal.SIGKILL)
     start = time.monotonic()
-    said, _ = running.communicate(timeout=3 * processes.HEARTBEAT)
+    said = cluster.ended(running, 3 * processes.HEARTBEAT)
     assert running.returncode != 0
     assert time.monotonic() - start < processes.HEARTBEAT + 15
     assert "another process is gone" in said or "another task died" in said, said
     saved = max(cluster.finished(folder))
     steps |= {"mesh__stage": 1, "train__stop_after": saved + 2}
-    code, said = cluster.run(cluster.command(folder, **steps))
-    assert code == 0, said
-    assert f"updates {saved} to" in said
+    for run in (folder, whole):
+        code, said = cluster.run(cluster.command(run, **steps))
+        assert code == 0, said
+        assert f"updates {saved if run == folder else 0} to" in said
+    assert_same_losses(folder, whole)
 
 
 def test_what_the_environment_asks_for(monkeypatch):
