@@ -110,11 +110,8 @@ def test_processes_are_one(alone, tmp_path, count, mesh):
 def test_the_others_stop_when_one_dies(tmp_path, victim, mesh):
     """Within the heartbeat and a little; what was saved continues on one process, without stages: its losses
     are those of one process all the way."""
-    folder, whole, steps = (
-        tmp_path / "run",
-        tmp_path / "one",
-        {"train__steps": 10_000, "checkpoint__every": 2} | mesh,
-    )
+    folder, whole = tmp_path / "run", tmp_path / "one"
+    steps = {"train__steps": 10_000, "checkpoint__every": 2} | mesh
     running = cluster.start(cluster.command(folder, **steps), 2)
     cluster.wait_for_step(folder, 8, running)
     os.kill(cluster.member(folder, victim), signal.SIGKILL)
