@@ -24,6 +24,7 @@ from attnres_jax.analysis.stream import moved
 from attnres_jax.models.table import Parameter, parameter_table
 from attnres_jax.models.transformer import ModelConfig, abstract
 from attnres_jax.residuals import AttnRes, Plain
+from attnres_jax.residuals.dense import InputQuery
 from attnres_jax.stack import Layer, through_depth
 
 
@@ -88,7 +89,7 @@ def report(config: ModelConfig, length: int) -> None:
 def _depth_flops(config):
     if isinstance(config.scheme, Plain):
         return 0
-    if isinstance(config.scheme, AttnRes):
+    if isinstance(config.scheme, AttnRes | InputQuery):
         asked = 2 * totals(parameters(config)).get("projection", 0)  # queries made of the input
         return asked + 6 * config.width * sum(config.scheme.schedule(config.sublayers).counts)
     return _counted(config.scheme, config.sublayers, config.width)

@@ -121,7 +121,9 @@ class Chunked:
     def _appending(self, layers, segment, own, rows, c):
         """A segment that makes a block, or goes on with the one that it finds begun."""
         scheme, kinds = self.scheme, self.longest[segment.first : segment.last]
-        block, begins, running = (at(v, c) for v in (segment.block, segment.begins, segment.runs))
+        block, running = at(segment.block, c), at(segment.runs, c)
+        # Where it does not run, nothing stays of it: as if a block began, so that S = 1 goes on with none.
+        begins = at(tuple(not r or b for r, b in zip(segment.runs, segment.begins, strict=True)), c)
         mix, shares = belonging(self.longest, segment.first, kinds, own)
         places, found = {k: jnp.arange(kinds.count(k)) for k in shares}, pick(rows, block)
 
