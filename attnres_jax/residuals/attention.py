@@ -5,7 +5,7 @@ History: the completed summaries b_0 (the embedding), b_1, ... as append-only ro
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -14,9 +14,8 @@ from attnres_jax import depth, ops
 from attnres_jax.autodiff import Once, take
 from attnres_jax.axes import compute_dtype
 from attnres_jax.norm import RMSNorm
-from attnres_jax.residuals.base import Mix, Read, Scheme, append
+from attnres_jax.residuals.base import Appending, Mix, Read, asking
 from attnres_jax.rules import Rule, no_kernel
-from attnres_jax.schedule import BlockSchedule
 
 
 class Slot(NamedTuple):
@@ -37,7 +36,7 @@ class Opened(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttnRes(Scheme):
+class AttnRes(Appending):
     """Block AttnRes with `block_size` S sublayers per block; S = 1 is Full AttnRes.
 
     `two_phase=False` reads all sources of a sublayer at once, as the definition is written; the result
@@ -51,7 +50,6 @@ class AttnRes(Scheme):
     key_norm: bool = True
     heads: int = 1
     key_width: int | None = None
-    append_only: ClassVar[bool] = True
 
     @property
     def rule(self) -> Rule:
@@ -67,21 +65,8 @@ class AttnRes(Scheme):
 
     def init(self, sublayers, width):
         self.rule.check(width)
-
-        def pair(*shape):
-            return {"query": jnp.zeros(shape), "key_scale": jnp.ones(shape)}
-
         keys = self.key_width or width
-        return Mix(pair(sublayers, keys), pair(keys))
-
-    def schedule(self, sublayers):
-        return BlockSchedule(sublayers, self.block_size)
-
-    def sources(self, sublayers):
-        return self.schedule(sublayers).sources
-
-    def start(self, x):
-        return (depth.Rows(x[None]),)
+        return Mix(asking(sublayers, keys), asking(keys))
 
     def open(self, mix, history, begins=True) -> tuple[Any, Any]:
         w = self._weight(mix, history)
@@ -97,7 +82,7 @@ class AttnRes(Scheme):
 
     def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:
-            mixture, weights = self._mix(slot.w, _unstack(history.rows), stream, slot.logits)
+            mixture, weights = _at_once(self.rule, slot.w, history.rows, stream, slot.logits)
             return Read(norm(mixture), mixture, weights, history, stream)
         if self.block_size == 1:
             (mixture, _), done = take(history.done.rows, 0)
@@ -112,24 +97,15 @@ class AttnRes(Scheme):
     def write(self, slot, stream, y):
         return y if stream is None else stream + y
 
-    def close(self, history, stream):
-        return append(history.rows, stream)
-
     def finish(self, mix, history):
         mix = {k: v[None] for k, v in mix.items()}
         w, logits = self._weight(mix, history), mix.get("logits")
         if not self.two_phase:
-            mixture, weights = self._mix(w[0], _unstack(history), None, None if logits is None else logits[0])
+            logits = None if logits is None else logits[0]
+            mixture, weights = _at_once(self.rule, w[0], history, None, logits)
             return Read(mixture, mixture, weights)
         done, _ = ops.depth_mix(w, history, last=True, logits=_of_rows(logits, history), **self._how)
         return Read(done.mixture[0], done.mixture[0], None)
-
-    def _mix(self, w, rows, stream, logits):
-        """One phase, all sources at once; the running sum's logit is the last."""
-        sources = rows if stream is None else [*rows, stream]
-        if logits is not None:
-            logits = logits[jnp.array([*range(len(rows)), -1][: len(sources)])]
-        return depth.mix(w, sources, self.rule, logits)
 
     def _weight(self, mix, history):
         dtype = compute_dtype(history[0].array.dtype)
@@ -145,9 +121,12 @@ def _of_rows(logits, history):
     return None if logits is None else logits[:, : sum(len(rows.array) for rows in history)]
 
 
-def _unstack(history):
+def _at_once(rule, w, history, stream, logits):
+    """One phase, all sources of a read at once; the running sum's logit is the last."""
     if any(rows.n is not None for rows in history):
-        raise ValueError(
-            'two_phase=False is the literal form: call through_depth(implementation="reference")'
-        )
-    return [v for rows in history for v in rows.array]
+        raise ValueError('two_phase=False is literal: call through_depth(implementation="reference")')
+    rows = [v for some in history for v in some.array]
+    sources = rows if stream is None else [*rows, stream]
+    if logits is not None:
+        logits = logits[jnp.array([*range(len(rows)), -1][: len(sources)])]
+    return depth.mix(w, sources, rule, logits)

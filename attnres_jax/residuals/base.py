@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -129,6 +130,30 @@ class Scheme(ABC):
         return None
 
 
-def append(history: tuple[Rows, ...], stream: Float[Array, "*m B T D"]) -> tuple[Rows, ...]:
-    """`close` of an append-only scheme. The barrier's transpose sums cotangents block by block."""
-    return (*history, Rows(jax.lax.optimization_barrier(stream)[None]))
+@dataclass(frozen=True)
+class Appending(Scheme):
+    """Sources are the embedding and the sums of blocks' outputs; history is these, as append-only rows."""
+
+    append_only: ClassVar = True
+    block_size: ClassVar = 1
+
+    def schedule(self, sublayers):
+        """Blocks of `block_size` sublayers."""
+        return BlockSchedule(sublayers, self.block_size)
+
+    def sources(self, sublayers):
+        """Those of the schedule."""
+        return self.schedule(sublayers).sources
+
+    def start(self, x):
+        """The first row."""
+        return (Rows(x[None]),)
+
+    def close(self, history, stream):
+        """The stream as one more row. The barrier's transpose sums cotangents block by block."""
+        return (*history.rows, Rows(jax.lax.optimization_barrier(stream)[None]))
+
+
+def asking(*shape: int) -> dict[str, Array]:
+    """Of reads by AttnRes, as initialised: a query, and the scale of the keys' norm."""
+    return {"query": jnp.zeros(shape), "key_scale": jnp.ones(shape)}

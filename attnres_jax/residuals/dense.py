@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float
 from attnres_jax.axes import compute_dtype
 from attnres_jax.depth import Rows
 from attnres_jax.norm import RMSNorm
-from attnres_jax.residuals.base import Mix, Read, Scheme, append
+from attnres_jax.residuals.base import Appending, Mix, Read, asking
 from attnres_jax.rules import Rule, scores
-from attnres_jax.schedule import BlockSchedule
 
 
 class Opened(NamedTuple):
@@ -30,10 +29,8 @@ class Opened(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dense(Scheme):
+class Dense(Appending):
     """`h_l = sum_r weights_r source_r`; sources are the embedding and the outputs."""
-
-    append_only: ClassVar = True
 
     @abstractmethod
     def weigh(self, slot: Any, rows: Float[Array, "R B T D"], seen: Bool[Array, " R"]) -> Array:
@@ -42,15 +39,6 @@ class Dense(Scheme):
     def combine(self, weights: Array, rows: Float[Array, "R B T D"]) -> Float[Array, "B T D"]:
         """The mixture."""
         return jnp.sum(weights[..., None] * rows, 0)
-
-    def schedule(self, sublayers):
-        return BlockSchedule(sublayers, 1)
-
-    def sources(self, sublayers):
-        return self.schedule(sublayers).sources
-
-    def start(self, x):
-        return (Rows(x[None]),)
 
     def open(self, mix, history, begins=True):
         return mix, Opened(history, self._mixture(jax.tree.map(lambda a: a[0], mix), history)[0])
@@ -63,9 +51,6 @@ class Dense(Scheme):
 
     def write(self, slot, stream, y):
         return y
-
-    def close(self, history, stream):
-        return append(history.rows, stream)
 
     def finish(self, mix, history):
         h, weights = self._mixture(mix, history)
@@ -155,7 +140,7 @@ class SlidingWindow(Dense):
     axes: ClassVar = {"query": "LD", "key_scale": "LD"}
 
     def init(self, sublayers, width):
-        return Mix(_asking(sublayers, width), _asking(width))
+        return Mix(asking(sublayers, width), asking(width))
 
     def weigh(self, slot, rows, seen):
         place = jnp.arange(len(rows))
@@ -179,10 +164,10 @@ class InputQuery(Dense):
     axes: ClassVar = {"query": "LD", "key_scale": "LD", "query_map": "LD>d"}
 
     def init(self, sublayers, width):
-        def asking(*shape):
-            return _asking(*shape) | {"query_map": jnp.zeros((*shape, width))}
+        def own(*shape):
+            return asking(*shape) | {"query_map": jnp.zeros((*shape, width))}
 
-        return Mix(asking(sublayers, width), asking(width))
+        return Mix(own(sublayers, width), own(width))
 
     def start(self, x):
         return (Rows(jnp.stack([x, x])[None]),)
@@ -200,8 +185,3 @@ class InputQuery(Dense):
         before = array[(len(array) if n is None else n) - 1, 1]
         outputs = [Rows(some.array[:, 0], some.n) for some in history]
         return super()._weights(slot | {"before": before}, outputs)
-
-
-def _asking(*shape):
-    """Queries and key scales of AttnRes."""
-    return {"query": jnp.zeros(shape), "key_scale": jnp.ones(shape)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attnres_jax import depth
 from attnres_jax.autodiff import Once, take
 from attnres_jax.axes import compute_dtype
 from attnres_jax.residuals.ablations import Additive, plus, total
@@ -83,7 +84,7 @@ class Delta(Additive):
             (mixture, _), done = take(done.rows, slot.j)
             done = Once(done)
         else:
-            mixture, weights = self._mix(slot.w, [v for some in rows for v in some.array], None, None)
+            mixture, weights = depth.mix(slot.w, [v for some in rows for v in some.array], self.rule)
         own = sum(len(some.array) if some.n is None else some.n for some in rows) > 1
         u = history.total if stream is None else plus(history.total, stream)
         mixture = plus(jnp.where(own, mixture, 0), u)
