@@ -15,6 +15,7 @@ BANDS = 0.0, 0.45
 HEIGHT = 0.45
 # Of one unit, beside the schemes where it is one activation. RMS Block keeps a block's summary and two sums.
 ACTIVATIONS = {"hc": 4, "hc_static": 4, "mhc": 4, "mhc_lite": 4, "ddl": 4, "siamese": 2, "rms_block": 3}
+ACTIVATIONS["full_input_query"] = 2  # an output and its read
 WHOLE = {
     *("plain", "rezero", "layerscale", "highway", "deepnorm", "keel", "siamese", "hc", "hc_static"),
     *("mhc", "mhc_lite", "ddl", "mrla"),
