@@ -308,15 +308,16 @@ def _labels(members):
     """The scheme, and what else tells rows of the same scheme apart: up to two keys, else their folders."""
     each = [_identity(next(iter(runs.values()))) for runs in members]
     names = [_scheme_label(config) for config in each]
-    called, labels = [f"{name} ({_stem(runs)})" for name, runs in zip(names, members, strict=True)], []
-    for name, config, short in zip(names, each, called, strict=True):
+    folders = [(name, _stem(runs)) for name, runs in zip(names, members, strict=True)]
+    labels = []
+    for folder, config in zip(folders, each, strict=True):
+        name, stem = folder
         twins = [other for label, other in zip(names, each, strict=True) if label == name]
         keys = [key for key in sorted(set().union(*twins)) if _different(twins, key)]
         detail = ", ".join(f"{key}={config.get(key)}" for key in keys)
-        if len(keys) > 2 and called.count(short) == 1 and short != f"{name} ()":
-            labels.append(short)
-        else:
-            labels.append(f"{name} ({detail})" if detail else name)
+        if len(keys) > 2 and stem and folders.count(folder) == 1:
+            detail = stem
+        labels.append(f"{name} ({detail})" if detail else name)
     return labels
 
 
