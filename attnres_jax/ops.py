@@ -84,7 +84,7 @@ def depth_merge(
         return x, Partial(*done), stream
 
     scale, norm_eps = (None, 0.0) if norm is None else (norm.scale.astype(w.dtype), norm.eps)
-    kept, at = (None, None) if row is None or chosen != "tpu" else row
+    kept, at = (None, None) if row is None or chosen == "reference" else row
     shared, kinds = (w, scale, j, first, at, logit), ("tokens", "rows", "tokens")
     return _local(chosen, placement, merge, shared, (done, stream, kept), (*kinds[1:], "rows"), kinds)
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-SHARED_BYTES = 223 * 1024  # of a Hopper's 227 KiB per program; the rest is for barriers and the compiler
+KIBIBYTE = 1024  # to which a buffer in shared memory is rounded up, and what a program costs beside its own
+SHARED_BYTES = 223 * KIBIBYTE  # of a Hopper's 227 KiB per program; the rest is for barriers and the compiler
+PROCESSOR_BYTES = 228 * KIBIBYTE  # of shared memory
 PROCESSORS = 132  # of a Hopper
 
 

@@ -71,6 +71,8 @@ def merge_inputs(tokens, D, S, dtype, *, norm=True, y=False, seed=0):
     a.mixtures, a.lse = jnp.asarray(draw((S, tokens, D)), dtype), jnp.asarray(draw((S, tokens)), jnp.float32)
     a.stream, a.y = jnp.asarray(draw((tokens, D)), dtype), jnp.asarray(draw((tokens, D)), dtype)
     a.scale, a.y = (a.scale if norm else None), (a.y if y else None)
+    kept = jnp.full((1, tokens, D), jnp.nan, dtype)  # a row that is not to be touched
+    a.streams = a.stream[None] if y else jnp.concatenate([kept, a.stream[None]])
     a.d_x, a.d_mixture, a.d_stream = (jnp.asarray(draw((tokens, D)), dtype) for _ in range(3))
     a.d_mixtures, a.d_lse = (
         jnp.asarray(draw((S, tokens, D)), dtype),
@@ -86,17 +88,19 @@ def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
     options |= {"eps": EPS, "norm_eps": NORM_EPS}
 
     @jit
-    def both(j, first):
+    def both(at, j, first):
         out = backend.forward(
-            a.w, a.scale, a.mixtures, a.lse, a.stream, j, first, a.y, keep_mixture=keep, **options
+            a.w, a.scale, a.mixtures, a.lse, a.streams, at, j, first, a.y, keep_mixture=keep, **options
         )
-        d_mixture = a.d_mixture if keep else None
+        d_mixture, streams = a.d_mixture if keep else None, a.streams if a.y is None else out.stream[None]
         return out, backend.backward(
-            a.w, a.scale, a.mixtures, a.lse, out.stream, j, first, out.stats, a.d_x, d_mixture,
+            a.w, a.scale, a.mixtures, a.lse, streams, at, j, first, out.stats, a.d_x, d_mixture,
             a.d_stream, a.d_mixtures, a.d_lse, **options,
         )  # fmt: skip
 
-    out, (dw, dscale, d_stream, d_mixtures, d_lse) = both(jnp.int32(j), jnp.bool(first))
+    out, (dw, dscale, d_stream, d_mixtures, d_lse) = both(
+        jnp.int32(len(a.streams) - 1), jnp.int32(j), jnp.bool(first)
+    )
     assert (out.mixture is None) != keep
     with jax.enable_x64(True):
         primals = [wide(v) for v in (a.w, a.scale, a.mixtures, a.lse, a.stream)]
@@ -106,7 +110,10 @@ def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
     close(out.x, x, dtype)
     if keep:
         close(out.mixture, h, dtype)
-    np.testing.assert_array_equal(np.asarray(out.stream, np.float64), new)
+    if a.y is None:
+        assert out.stream is None
+    else:
+        np.testing.assert_array_equal(np.asarray(out.stream, np.float64), new)
     close(dw, grads[0])
     if a.scale is None:
         assert dscale is None
@@ -140,6 +147,23 @@ def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch)
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(merge_gpu, a, j, first, keep, interpret=RACES)
+
+
+def test_mosaic_merge_of_several_rows_at_once(monkeypatch):
+    """Lanes of two warpgroups, of which some have no row left."""
+    monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)
+    monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)
+    cut = merge_gpu._cut
+    monkeypatch.setattr(merge_gpu, "_cut", lambda *sizes: (3, 2, 1, 1) if len(sizes[4]) > 1 else cut(*sizes))
+    check_merge(merge_gpu, merge_inputs(7, 512, 2, BF16), 1, False, False, interpret=RACES)
+
+
+def test_mosaic_merge_takes_rows_enough_at_once():
+    """Four of a processor where shared memory has room: the parameters are 8 bytes a column, a row 10."""
+    for D, rows in ((2048, 4), (2304, 4), (4096, 4), (7168, 2)):
+        tile = merge_gpu.tile_of(bf16((1, 8192, D)), inputs=2, outputs=1, resident=8, lanes=8)
+        assert tile.lanes * tile.most // merge_gpu.PROCESSORS >= rows
+        assert tile.depth >= 2
 
 
 @pytest.mark.parametrize("D", [1000, pytest.param(99, marks=pytest.mark.slow)])
@@ -281,7 +305,7 @@ def test_mosaic_merge_refuses(change, message):
     a = merge_inputs(**{"tokens": 1, "D": 256, "S": 1, "dtype": BF16} | change)
     with pytest.raises(ValueError, match=message):
         merge_gpu.forward(
-            a.w, a.scale, a.mixtures, a.lse, a.stream, 0, False, eps=EPS, norm_eps=EPS, keep_mixture=False
+            a.w, a.scale, a.mixtures, a.lse, a.streams, 0, 0, False, eps=EPS, norm_eps=EPS, keep_mixture=False
         )
 
 
@@ -289,7 +313,7 @@ def test_merge_refuses_mixed_dtypes():
     a = merge_inputs(1, 256, 1, BF16)
     with pytest.raises(ValueError, match="mixtures: dtype float32 differs from that of stream, bfloat16"):
         merge_gpu.forward(
-            a.w, a.scale, a.mixtures.astype(F32), a.lse, a.stream, 0, False,
+            a.w, a.scale, a.mixtures.astype(F32), a.lse, a.streams, 0, 0, False,
             eps=EPS, norm_eps=EPS, keep_mixture=False,
         )  # fmt: skip
 

@@ -233,8 +233,8 @@ def _mix(module, case, of):
 
 def _merge(module, case, of):
     row, w, lse = of(TOKENS, case.width, dtype="bfloat16"), of(case.width), of(case.reads, TOKENS)
-    rows = of(case.reads, TOKENS, case.width, dtype="bfloat16")
-    first = (w, w, rows, lse, row, of(dtype="int32"), of(dtype="bool"))
+    rows, streams = (of(n, TOKENS, case.width, dtype="bfloat16") for n in (case.reads, 1))
+    first = (w, w, rows, lse, streams, of(dtype="int32"), of(dtype="int32"), of(dtype="bool"))
     norms = {"eps": EPS, "norm_eps": EPS}
 
     def backward(stats):

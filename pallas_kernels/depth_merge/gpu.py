@@ -1,12 +1,13 @@
 """Phase 2 in Pallas Mosaic GPU (Hopper and newer): one read of a block in one kernel, and its backward.
 
-A program is a few warpgroups that share one row of D at a time (each D / groups columns, sums exchanged
-through shared memory) and walks over the rows in strides of the grid, behind a ring of TMA copies: any
-number of tokens, no masks, no atomics. dw and dscale are summed in registers over a program's rows, leave
-as [programs, D], and are added up outside.
+A few warpgroups share one row of D at a time (each D / groups columns, sums exchanged through shared memory)
+and walk over the rows in strides of the grid, behind a ring of TMA copies: any number of tokens, no masks, no
+atomics. A program is one such lane, or in the forward pass several, which share the parameters: a row is a
+chain of latencies (two sums over it), so a processor has a few rows at a time. dw and dscale are summed in
+registers over a program's rows, leave as [programs, D], and are added up outside.
 
-When `first` is set, the running sum (and `y`, and `d_stream`) moves no bytes: its ring holds zeros and the
-gate is closed. In-place operands are `jax.Ref`s.
+When `first` is set, the running sum (and `y`) moves no bytes: its ring holds zeros and the gate is closed.
+In-place operands are `jax.Ref`s.
 
 stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
 
@@ -15,24 +16,27 @@ evenly into at most 8 warpgroups of at most 14; one row of every operand fits th
 all wide operands bf16, or all fp32.
 """
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_merge.gpu_row import F32, WARPS, Row, Tile
 from pallas_kernels.depth_merge.vjp import Forward
-from pallas_kernels.mosaic import PROCESSORS, SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import KIBIBYTE, PROCESSOR_BYTES, PROCESSORS, SHARED_BYTES, run, shaped
 
 CHUNK = 256  # columns, at least, of a warpgroup
 MAX_GROUPS, GOOD_CHUNKS, MAX_CHUNKS = 8, 9, 14  # chunks per warpgroup: for occupancy, and before spills
+ROWS = 4  # at a time on a processor: their latencies then hide each other (docs/results/kernels)
 
 
-def tile_of(stream, inputs, outputs, resident):
+def tile_of(streams, inputs, outputs, resident, lanes=1):
     """The tile for so many wide inputs and outputs; raises where there is none.
 
-    `resident` warpgroups have registers on a processor.
+    `resident` warpgroups have registers on a processor; a program has at most `lanes` rows at a time.
     """
-    tokens, D = stream.shape
+    _, tokens, D = streams.shape
     if D % CHUNK:
         raise ValueError(f"stream: D = {D} is not a multiple of {CHUNK}, two columns a thread; use triton")
     splits = [g for g in range(1, MAX_GROUPS + 1) if D // CHUNK % g == 0]
@@ -42,56 +46,68 @@ def tile_of(stream, inputs, outputs, resident):
             f"stream: D = {D} does not split into at most {MAX_GROUPS} warpgroups of at most "
             f"{MAX_CHUNKS * CHUNK} columns; use triton"
         )
-    depth, staged, fitting = _slots(D, jnp.dtype(stream.dtype).itemsize, inputs, outputs)
-    return Tile(tokens, D, groups, depth, staged, PROCESSORS * max(1, min(fitting, resident // groups)))
+    lanes = range(1, max(1, min(lanes, MAX_GROUPS // groups)) + 1)
+    rows = max(1, resident // groups)
+    cut = _cut(D, jnp.dtype(streams.dtype).itemsize, inputs, outputs, lanes, rows)
+    return Tile(tokens, D, groups, *cut[:3], PROCESSORS * cut[3])
 
 
 def refusal(D, dtype):
     """Why this backend cannot run the op in both directions, or None; a kept mixture takes a row more."""
     try:
-        tile_of(jax.ShapeDtypeStruct((1, D), dtype), inputs=4, outputs=2, resident=2)
+        tile_of(jax.ShapeDtypeStruct((1, 1, D), dtype), inputs=4, outputs=2, resident=2)
     except ValueError as problem:
         return str(problem)
     return None
 
 
-def _slots(D, itemsize, inputs, outputs):
-    """Deep enough to hide the memory, and two programs per processor rather than one; and how many fit."""
-    choices = [(3, 2), (2, 2), (2, 1), (1, 1)]
-    for limit, allowed in ((SHARED_BYTES // 2, choices[:3]), (SHARED_BYTES, choices)):
-        for depth, staged in allowed:
-            needed = D * ((depth * inputs + staged * outputs) * itemsize + 8) + 1024
-            if needed <= limit:
-                return depth, staged, SHARED_BYTES // needed
-    raise ValueError(
-        f"stream: a row of D = {D} in {inputs} inputs and {outputs} outputs of {itemsize} bytes "
-        f"exceeds {SHARED_BYTES} bytes of shared memory; use triton"
-    )
+def _cut(D, itemsize, inputs, outputs, lanes, rows):
+    """Lanes, slots of the rings and of the staging, programs of a processor: at most `rows` rows at a time,
+    which share the parameters in lanes only; then as deep as shared memory allows."""
+    found = []
+    for some, (depth, staged) in product(lanes, ((3, 2), (2, 2), (3, 1), (2, 1), (1, 1))):
+        rings = inputs * _whole(some * depth * D * itemsize) + outputs * _whole(some * staged * D * itemsize)
+        needed = rings + 2 * _whole(4 * D) + 3 * KIBIBYTE  # the parameters; the exchange and the barriers
+        programs = min(PROCESSOR_BYTES // (needed + KIBIBYTE), rows // some)
+        if needed <= SHARED_BYTES and programs:
+            at_once = min(some * programs, ROWS)
+            found.append(((depth > 1, at_once, -some, depth + staged), (some, depth, staged, programs)))
+    if not found:
+        raise ValueError(
+            f"stream: a row of D = {D} in {inputs} inputs and {outputs} outputs of {itemsize} bytes "
+            f"exceeds {SHARED_BYTES} bytes of shared memory; use triton"
+        )
+    return max(found)[1]
 
 
-def _check(stream, **wide):
-    if stream.dtype not in (jnp.bfloat16, F32):
-        raise ValueError(f"stream: dtype {stream.dtype} is neither bfloat16 nor float32")
+def _whole(size):
+    """Of a buffer in shared memory."""
+    return -(-size // KIBIBYTE) * KIBIBYTE
+
+
+def _check(streams, **wide):
+    if streams.dtype not in (jnp.bfloat16, F32):
+        raise ValueError(f"stream: dtype {streams.dtype} is neither bfloat16 nor float32")
     for name, array in wide.items():
-        if array is not None and array.dtype != stream.dtype:
-            raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {stream.dtype}")
+        if array is not None and array.dtype != streams.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {streams.dtype}")
 
 
 def forward(
-    w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture, interpret=None
+    w, scale, mixtures, lse, streams, at, j, first, y=None, *, eps, norm_eps, keep_mixture, interpret=None
 ):
-    """Read row j merged with the running sum; see the contract in the README of this folder."""
-    _check(stream, mixtures=mixtures, y=y)
+    """Read row j merged with row `at` of `streams`; see the contract in the README of this folder."""
+    _check(streams, mixtures=mixtures, y=y)
     keep, add = keep_mixture and scale is not None, y is not None
-    tile = tile_of(stream, 2 + add, 1 + keep + add, resident=8)
-    dtype, row, fold = stream.dtype, (tile.tokens, *tile.folded), tile.fold
-    running = jax.new_ref(fold(stream)) if add else fold(stream)
+    tile = tile_of(streams, 2 + add, 1 + keep + add, resident=8, lanes=MAX_GROUPS)
+    dtype, row, fold = streams.dtype, (tile.tokens, *tile.folded), tile.fold
+    running = jax.new_ref(fold(streams)) if add else fold(streams)
     inputs = {
-        "control": _control(j, first),
+        "control": _control(j, first, at),
         "lse": lse,
         "w": fold(w),
         "mixtures": fold(mixtures),
-        "stream": running,
+        "streams": running,
     }
     inputs |= {"scale": fold(scale)} if scale is not None else {}
     inputs |= {"y": fold(y)} if add else {}
@@ -109,13 +125,13 @@ def forward(
         outputs,
         scratch,
         grid={"program": tile.programs},
-        groups=tile.groups,
+        groups=tile.groups * tile.lanes,
         name="depth_merge_forward",
         interpret=interpret,
     )
-    x = out.x.reshape(stream.shape)
-    mixture = out.mixture.reshape(stream.shape) if keep else x
-    new = running[...].reshape(stream.shape) if add else stream
+    x = out.x.reshape(streams.shape[1:])
+    mixture = out.mixture.reshape(x.shape) if keep else x
+    new = running[...].reshape(x.shape) if add else None
     return Forward(x, mixture if keep_mixture else None, new, out.stats)
 
 
@@ -124,7 +140,8 @@ def backward(
     scale,
     mixtures,
     lse,
-    stream,
+    streams,
+    at,
     j,
     first,
     stats,
@@ -138,44 +155,50 @@ def backward(
     norm_eps,
     interpret=None,
 ):
-    """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last three written in place."""
+    """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last two written in place.
+
+    That of the stream is an array of its own: the sublayer's output has the same cotangent, which XLA
+    would have to copy before it is written to.
+    """
     del lse, eps, norm_eps  # all that they say is in stats
-    _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_stream=d_stream, d_mixtures=d_mixtures)
+    _check(streams, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_stream=d_stream, d_mixtures=d_mixtures)
     norm, keep = scale is not None, d_mixture is not None
-    tile = tile_of(stream, 4 + keep, 2, resident=2)
+    tile = tile_of(streams, 4 + keep, 2, resident=2)
     sums, fold = shaped((tile.programs, *tile.folded)), tile.fold
-    running, row_j, lse_j = jax.new_ref(fold(d_stream)), jax.new_ref(fold(d_mixtures)), jax.new_ref(d_lse)
-    inputs = {"control": _control(j, first), "stats": stats, "w": fold(w), "mixtures": fold(mixtures)}
+    row_j, lse_j = jax.new_ref(fold(d_mixtures)), jax.new_ref(d_lse)
+    inputs = {"control": _control(j, first, at), "stats": stats, "w": fold(w), "mixtures": fold(mixtures)}
     inputs |= {
-        "stream": fold(stream),
+        "streams": fold(streams),
         "d_x": fold(d_x),
-        "d_stream": running,
+        "d_stream": fold(d_stream),
         "d_mixtures": row_j,
         "d_lse": lse_j,
     }
     inputs |= {"scale": fold(scale)} if norm else {}
     inputs |= {"d_mixture": fold(d_mixture)} if keep else {}
+    outputs = {"dw": sums} | ({"dscale": sums} if norm else {})
+    outputs |= {"d_p": shaped((tile.tokens, *tile.folded), streams.dtype)}
     rings = ["o_ring", "p_ring", "dx_ring", "dp_ring"] + ["dh_ring"] * keep
-    scratch = {ring: tile.ring(tile.depth, stream.dtype) for ring in rings}
-    scratch |= {staging: tile.ring(tile.staged, stream.dtype) for staging in ("do_out", "dp_out")}
-    scratch |= _shared(tile, norm, o_arrivals=2 + keep, p_arrivals=2)
+    scratch = {ring: tile.ring(tile.depth, streams.dtype) for ring in rings}
+    scratch |= {staging: tile.ring(tile.staged, streams.dtype) for staging in ("do_out", "dp_out")}
+    scratch |= _shared(tile, norm, o_arrivals=3 + keep, p_arrivals=1)
     out = run(
         lambda r: Row(r, tile).backward(),
         inputs,
-        {"dw": sums} | ({"dscale": sums} if norm else {}),
+        outputs,
         scratch,
         grid={"program": tile.programs},
-        groups=tile.groups,
+        groups=tile.groups * tile.lanes,
         name="depth_merge_backward",
         interpret=interpret,
     )
     dw = jnp.sum(out.dw, 0).reshape(-1)
     dscale = jnp.sum(out.dscale, 0).reshape(-1) if norm else None
-    return dw, dscale, running[...].reshape(stream.shape), row_j[...].reshape(mixtures.shape), lse_j[...]
+    return dw, dscale, out.d_p.reshape(d_stream.shape), row_j[...].reshape(mixtures.shape), lse_j[...]
 
 
-def _control(j, first):
-    return jnp.stack([jnp.asarray(j, jnp.int32), jnp.asarray(first, jnp.int32)])
+def _control(j, first, at):
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in (j, first, at)])
 
 
 def _shared(tile, norm, o_arrivals, p_arrivals):
@@ -184,9 +207,9 @@ def _shared(tile, norm, o_arrivals, p_arrivals):
     return dict(
         w_row=parameter,
         **({"scale_row": parameter} if norm else {}),
-        exchange=plgpu.SMEM((2, tile.groups, 3, WARPS), F32),
+        exchange=plgpu.SMEM((tile.lanes, 2, tile.groups, 3, WARPS), F32),
         o_full=tile.barriers(o_arrivals),
         p_full=tile.barriers(p_arrivals),
         parameters_full=plgpu.Barrier(num_arrivals=1 + norm, num_barriers=tile.groups),
-        exchanged=plgpu.Barrier(num_arrivals=tile.groups),
+        exchanged=plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.lanes),
     )

@@ -1,5 +1,6 @@
 """The kernels of Phase 2 in Mosaic GPU, as one warpgroup sees them; see gpu.py."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,14 +10,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 F32 = jnp.float32
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
+LANES_OWN = ("_ring", "_out", "exchange", "exchanged")  # what each row of a program has for itself
 
 
 class Tile(NamedTuple):
-    """How a row is cut: warpgroups, slots of the input ring and of the output staging, programs at most."""
+    """How a row is cut: warpgroups; and rows of a program at a time, slots of a ring and of the staging,
+    programs at most."""
 
     tokens: int
     D: int
     groups: int
+    lanes: int
     depth: int
     staged: int
     most: int
@@ -45,7 +49,7 @@ class Tile(NamedTuple):
     @property
     def programs(self):
         """Size of the grid."""
-        return min(self.most, self.tokens)
+        return min(self.most, -(-self.tokens // self.lanes))
 
     @property
     def layout(self):
@@ -57,28 +61,32 @@ class Tile(NamedTuple):
         return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
     def ring(self, slots, dtype):
-        """Shared memory for `slots` rows."""
-        return plgpu.SMEM((slots, *self.folded), dtype)
+        """Shared memory for `slots` rows of each lane."""
+        return plgpu.SMEM((self.lanes, slots, *self.folded), dtype)
 
     def barriers(self, arrivals):
         """One barrier for each warpgroup and slot of the ring."""
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.groups * self.depth)
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.lanes * self.groups * self.depth)
 
 
 class Row:
     """One warpgroup inside a kernel: its columns, its walk over the rows, its sums over a whole row."""
 
     def __init__(self, refs, tile):
-        self.r, self.tile = refs, tile
-        self.group, self.start = lax.axis_index("group"), lax.axis_index("program")
-        self.steps = (tile.tokens - self.start + tile.programs - 1) // tile.programs
+        self.tile, self.all = tile, lax.axis_index("group")
+        self.lane, self.group = lax.div(self.all, tile.groups), lax.rem(self.all, tile.groups)
+        lanes = {k: ref.at[self.lane] for k, ref in vars(refs).items() if k.endswith(LANES_OWN)}
+        self.r = SimpleNamespace(**vars(refs) | lanes)
+        self.start = lax.axis_index("program") * tile.lanes + self.lane
+        self.stride = tile.programs * tile.lanes
+        self.steps = (tile.tokens - self.start + self.stride - 1) // self.stride
         self.cols = pl.ds(self.group * tile.part[0], tile.part[0])
-        self.row_j, self.first = refs.control[0], refs.control[1] != 0
+        self.row_j, self.first, self.at = refs.control[0], refs.control[1] != 0, refs.control[2]
         self.norm, self.keep = hasattr(refs, "scale"), hasattr(refs, "h_out") or hasattr(refs, "dh_ring")
 
     def token(self, i):
         """Of step i; the last one for a step past the end, which only prefetches scalars."""
-        return lax.min(self.start + i * self.tile.programs, self.tile.tokens - 1)
+        return lax.min(self.start + i * self.stride, self.tile.tokens - 1)
 
     def load(self, ref):
         """This warpgroup's columns, in fp32."""
@@ -99,9 +107,12 @@ class Row:
     def open(self, p_rings):
         """Load the parameters, close the running sum's ring if there is no sum yet, fill the rings."""
         r, loaded = self.r, self.r.parameters_full.at[self.group]
-        plgpu.copy_gmem_to_smem(r.w.at[self.cols], r.w_row.at[self.cols], loaded)
-        if self.norm:
-            plgpu.copy_gmem_to_smem(r.scale.at[self.cols], r.scale_row.at[self.cols], loaded)
+
+        @pl.when(self.lane == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(r.w.at[self.cols], r.w_row.at[self.cols], loaded)
+            if self.norm:
+                plgpu.copy_gmem_to_smem(r.scale.at[self.cols], r.scale_row.at[self.cols], loaded)
 
         @pl.when(self.first)
         def _():
@@ -117,7 +128,7 @@ class Row:
     def fetch(self, i):
         """Start the copies of step i into its slot."""
         slot, t = lax.rem(i, self.tile.depth), self.token(i)
-        full = self.group * self.tile.depth + slot
+        full = self.all * self.tile.depth + slot
 
         def copy(sources, full):
             for source, ring in sources:
@@ -134,7 +145,7 @@ class Row:
     def arrived(self, i):
         """Wait for the copies of step i; returns their slot."""
         slot = lax.rem(i, self.tile.depth)
-        full = self.group * self.tile.depth + slot
+        full = self.all * self.tile.depth + slot
         plgpu.barrier_wait(self.r.o_full.at[full])
 
         @pl.when(jnp.logical_not(self.first))
@@ -151,7 +162,7 @@ class Row:
         """All rows of this program."""
         r = self.r
         self.o_sources = [(r.mixtures.at[self.row_j], r.o_ring)]
-        self.p_sources = [(r.stream, r.p_ring)] + ([(r.y, r.y_ring)] if hasattr(r, "y") else [])
+        self.p_sources = [(r.streams.at[self.at], r.p_ring)] + ([(r.y, r.y_ring)] if hasattr(r, "y") else [])
         self.open([ring for _, ring in self.p_sources])
 
         def step(i, lse):
@@ -208,7 +219,7 @@ class Row:
 
             @pl.when(jnp.logical_not(self.first))
             def _():
-                self.send(r.p_out.at[out], r.stream, t)
+                self.send(r.p_out.at[out], r.streams.at[self.at], t)
 
         if self.keep:
             self.send(r.h_out.at[out], r.mixture, t)
@@ -223,9 +234,9 @@ class Row:
     def backward(self):
         """All rows of this program, then its sums of dw and dscale."""
         r = self.r
-        self.o_sources = [(r.mixtures.at[self.row_j], r.o_ring), (r.d_x, r.dx_ring)]
+        self.o_sources = [(r.mixtures.at[self.row_j], r.o_ring), (r.d_x, r.dx_ring), (r.d_stream, r.dp_ring)]
         self.o_sources += [(r.d_mixture, r.dh_ring)] if self.keep else []
-        self.p_sources = [(r.stream, r.p_ring), (r.d_stream, r.dp_ring)]
+        self.p_sources = [(r.streams.at[self.at], r.p_ring)]
         self.open([r.p_ring])
         zero = plgpu.layout_cast(jnp.zeros(self.tile.part, F32), self.tile.layout)
 
@@ -283,13 +294,9 @@ class Row:
         return (c * p, h * d) if self.norm else (c * p,)
 
     def send_cotangents(self, t, out, d_score):
-        """One row of d_stream and of row j, in place."""
+        """One row of the stream's cotangent, and of row j, in place."""
         r = self.r
-
-        @pl.when(jnp.logical_not(self.first))
-        def _():
-            self.send(r.dp_out.at[out], r.d_stream, t)
-
+        self.send(r.dp_out.at[out], r.d_p, t)
         self.send(r.do_out.at[out], r.d_mixtures.at[self.row_j], t)
         plgpu.commit_smem_to_gmem_group()
 
@@ -298,7 +305,7 @@ class Row:
             r.d_lse[self.row_j, t] = -d_score
 
     def send_sums(self, sums):
-        """This program's dw and dscale, through the parameters' shared memory."""
+        """This program's dw and dscale, through the parameters' shared memory: it has one lane."""
         r = self.r
         rows = [(r.w_row, r.dw)] + ([(r.scale_row, r.dscale)] if self.norm else [])
         for (row, _), value in zip(rows, sums, strict=True):

@@ -18,18 +18,18 @@ MAX_D = 16384
 F32 = jnp.float32
 
 
-def _check(stream, **wide):
-    if stream.dtype not in (jnp.bfloat16, F32):
-        raise ValueError(f"stream: dtype {stream.dtype} is neither bfloat16 nor float32")
-    if stream.shape[1] > MAX_D:
-        raise ValueError(f"stream: D = {stream.shape[1]} exceeds {MAX_D}, a row in one program's registers")
+def _check(streams, **wide):
+    if streams.dtype not in (jnp.bfloat16, F32):
+        raise ValueError(f"stream: dtype {streams.dtype} is neither bfloat16 nor float32")
+    if streams.shape[-1] > MAX_D:
+        raise ValueError(f"stream: D = {streams.shape[-1]} exceeds {MAX_D}, a row in one program's registers")
     for name, array in wide.items():
-        if array is not None and array.dtype != stream.dtype:
-            raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {stream.dtype}")
+        if array is not None and array.dtype != streams.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype} differs from that of stream, {streams.dtype}")
 
 
-def _control(j, first):
-    return jnp.stack([jnp.asarray(j, jnp.int32), jnp.asarray(first, jnp.int32)])
+def _control(j, first, at):
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in (j, first, at)])
 
 
 def _row(D):
@@ -38,49 +38,50 @@ def _row(D):
     return width, min(16, max(4, width // 1024))
 
 
-def forward(w, scale, mixtures, lse, stream, j, first, y=None, *, eps, norm_eps, keep_mixture):
-    """Read row j merged with the running sum; see the contract in the README of this folder."""
-    _check(stream, mixtures=mixtures, y=y)
-    tokens, D = stream.shape
+def forward(w, scale, mixtures, lse, streams, at, j, first, y=None, *, eps, norm_eps, keep_mixture):
+    """Read row j merged with row `at` of `streams`; see the contract in the README of this folder."""
+    _check(streams, mixtures=mixtures, y=y)
+    _, tokens, D = streams.shape
     norm, add = scale is not None, y is not None
     keep = keep_mixture and norm
     width, warps = _row(D)
-    wide, none = jax.ShapeDtypeStruct(stream.shape, stream.dtype), jax.ShapeDtypeStruct((8,), stream.dtype)
-    operands = [w, scale if norm else w, mixtures, lse, stream, y if add else stream, _control(j, first)]
+    wide, none = (jax.ShapeDtypeStruct(shape, streams.dtype) for shape in ((tokens, D), (8,)))
+    control, new = _control(j, first, at), jax.ShapeDtypeStruct(streams.shape, streams.dtype)
+    operands = [w, scale if norm else w, mixtures, lse, streams, y if add else streams, control]
     new, x, mixture, stats = call(
         "depth_merge",
         "forward",
         [*operands, tokens, eps, norm_eps],
-        [wide if add else none, wide, wide if keep else none, jax.ShapeDtypeStruct((4, tokens), F32)],
+        [new if add else none, wide, wide if keep else none, jax.ShapeDtypeStruct((4, tokens), F32)],
         grid=(tokens,),
         warps=warps,
         aliases={4: 0} if add else {},
         constants={"D": D, "BD": width, "NORM": norm, "KEEP": keep, "ADD": add},
     )
     mixture = (mixture if keep else x) if keep_mixture else None
-    return Forward(x, mixture, new if add else stream, stats)
+    return Forward(x, mixture, new[0] if add else None, stats)
 
 
 def backward(
-    w, scale, mixtures, lse, stream, j, first, stats, d_x, d_mixture, d_stream, d_mixtures, d_lse,
+    w, scale, mixtures, lse, streams, at, j, first, stats, d_x, d_mixture, d_stream, d_mixtures, d_lse,
     *, eps, norm_eps,
 ):  # fmt: skip
     """Cotangents (dw, dscale, d_stream, d_mixtures, d_lse); the last three written in place."""
     del lse, eps, norm_eps  # all that they say is in stats
-    _check(stream, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_mixtures=d_mixtures, d_stream=d_stream)
-    tokens, D = stream.shape
+    _check(streams, mixtures=mixtures, d_x=d_x, d_mixture=d_mixture, d_mixtures=d_mixtures, d_stream=d_stream)
+    _, tokens, D = streams.shape
     norm, keep = scale is not None, d_mixture is not None
     width, warps = _row(D)
     # As many slots as fit an A100's shared memory.
-    stages = max(1, min(3, 4 - width * stream.dtype.itemsize // 8192))
+    stages = max(1, min(3, 4 - width * streams.dtype.itemsize // 8192))
     programs = min(PROGRAMS, tokens)
     sums, none = jax.ShapeDtypeStruct((programs, D), F32), jax.ShapeDtypeStruct((8,), F32)
-    operands = [w, scale if norm else w, mixtures, stream, stats, d_x, d_mixture if keep else d_x]
+    operands = [w, scale if norm else w, mixtures, streams, stats, d_x, d_mixture if keep else d_x]
     in_place = [d_stream, d_mixtures, d_lse]
     d_stream, d_mixtures, d_lse, dw, dscale = call(
         "depth_merge",
         "backward",
-        [*operands, *in_place, _control(j, first), tokens],
+        [*operands, *in_place, _control(j, first, at), tokens],
         [*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in in_place), sums, sums if norm else none],
         grid=(programs,),
         warps=min(16, 2 * warps),

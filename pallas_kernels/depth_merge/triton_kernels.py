@@ -3,7 +3,8 @@
 Inputs (scalars too) come first, then outputs, then constants. An input in the place of which an output lies
 is read through the output's argument: `_0` and so on stand where its own would be. BD is the power of two
 from D on.
-`control` holds (j, first): when first, no load or store of the running sum touches memory.
+`control` holds (j, first, at), `at` the row of `streams`: when first, no load or store of the running sum
+touches memory.
 """
 
 import triton
@@ -12,13 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def forward(
-    w, g, mixtures, lse, stream, y, control, T, eps, norm_eps,
+    w, g, mixtures, lse, streams, y, control, T, eps, norm_eps,
     new_stream, x_out, h_out, stats,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """One row: x, the mixture if KEEP, the new sum in place if ADD, and four statistics."""
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
+    here = (tl.load(control + 2).to(tl.int64) * T + t) * D + c
     m, k = c < D, t * D + c
     seen = c < tl.where(summed, D, 0)
     o = tl.load(mixtures + (j * T + t) * D + c, mask=m, other=0.0).to(tl.float32)
@@ -28,7 +30,7 @@ def forward(
         tl.store(new_stream + k, new, mask=seen)
         p = new.to(tl.float32)
     else:
-        p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
+        p = tl.load(streams + here, mask=seen, other=0.0).to(tl.float32)
     r_p = tl.rsqrt(tl.sum(p * p) / D + eps)
     score = tl.sum(p * tl.load(w + c, mask=m, other=0.0)) * r_p
     gate = tl.where(summed, 1.0 / (1.0 + tl.exp(tl.load(lse + j * T + t) - score)), 0.0)
@@ -49,7 +51,7 @@ def forward(
 
 @triton.jit
 def backward(
-    w, g, mixtures, stream, stats, d_x, d_h, _0, _1, _2, control, T,
+    w, g, mixtures, streams, stats, d_x, d_h, _0, _1, _2, control, T,
     d_stream, d_mixtures, d_lse, dw, dg,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -59,6 +61,7 @@ def backward(
     """
     start, c = tl.program_id(0), tl.arange(0, BD)
     j, summed = tl.load(control).to(tl.int64), tl.load(control + 1) == 0
+    at = tl.load(control + 2).to(tl.int64)
     m = c < D
     seen = c < tl.where(summed, D, 0)
     dw_sum = tl.zeros([BD], tl.float32)
@@ -66,7 +69,7 @@ def backward(
     for i in tl.range(start, T, tl.num_programs(0), num_stages=STAGES):  # an asynchronous ring of rows
         t = tl.full([], 0, tl.int64) + i
         k, row_j = t * D + c, (j * T + t) * D + c
-        p = tl.load(stream + k, mask=seen, other=0.0).to(tl.float32)
+        p = tl.load(streams + (at * T + t) * D + c, mask=seen, other=0.0).to(tl.float32)
         o = tl.load(mixtures + row_j, mask=m, other=0.0).to(tl.float32)
         d = tl.load(d_x + k, mask=m, other=0.0).to(tl.float32)
         later = tl.load(d_stream + k, mask=seen, other=0.0).to(tl.float32)

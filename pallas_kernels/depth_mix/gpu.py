@@ -12,10 +12,10 @@ Bytes per token, in rows of D, for n visible rows: forward 2n + S (the bound is 
 eight sources at D = 2304 are 295 KB. Logits, weights and their cotangents are fp32 and small.
 
 In the first three eight tokens make one matrix product: a block-diagonal matrix of weights, rows (query,
-token) and columns (row, token), times the rows. Weights and queries enter as two bf16 halves (2^-16), so
-nothing but the result is rounded. `apply` multiplies in fp32, outside the tensor cores: no matrix is built.
-dw is summed in registers over a program's tokens, leaves as one [S, D] partial per program, and is added up
-outside: fixed order, no atomics.
+token) and columns (row, token), times the rows. Queries enter as three bf16 that add up to them, weights as
+two halves (2^-16), so nothing but the result is rounded. `apply` multiplies in fp32, outside the tensor
+cores: no matrix is built. dw is summed in registers over a program's tokens, leaves as one [S, D] partial
+per program, and is added up outside: fixed order, no atomics.
 
 A row beyond its array's count moves no bytes: its barrier gets an arrival instead of a copy, its slot in
 shared memory holds zeros. A box of more tokens than there are is zero-filled and clipped.
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.depth_mix.gpu_backward import apply, dscore
 from pallas_kernels.depth_mix.gpu_forward import mix, score
-from pallas_kernels.depth_mix.gpu_tiles import BF16, COLUMNS, TOKENS, Shape, halves
+from pallas_kernels.depth_mix.gpu_tiles import BF16, COLUMNS, TOKENS, Shape, thirds
 from pallas_kernels.depth_mix.vjp import Forward
 
 QUERIES = 16  # at once
@@ -109,7 +109,7 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
 
 def _forward(w, sources, counts, eps, interpret):
     shape = _shape(w, sources)
-    logits, rstd = score(shape, halves(w, shape.padded), sources, counts, eps, interpret)
+    logits, rstd = score(shape, thirds(w, shape.padded), sources, counts, eps, interpret)
     visible = _visible(sources, counts)[:, None, None]
     logits = _block_queries(jnp.where(visible, logits, -jnp.inf)[:, : shape.blocks * TOKENS])
     mixture, lse = mix(shape, logits, sources, counts, interpret)

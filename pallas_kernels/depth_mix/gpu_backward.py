@@ -25,7 +25,7 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     zero,
     zero_arrivals,
 )
-from pallas_kernels.mosaic import PROCESSORS, SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import KIBIBYTE, PROCESSORS, SHARED_BYTES, run, shaped
 
 
 def _fetch_cotangents(r, shape, at, slot, tokens, cols):
@@ -133,33 +133,35 @@ def _through_softmax(r, block, mine, d_weights):
 
 
 class _Tile(NamedTuple):
-    """How `apply` is cut: columns of a thread, slots, programs that share a processor, programs per chunk."""
+    """How `apply` is cut: columns of a thread, slots, programs per chunk."""
 
-    vector: int
+    columns: int
     depth: int
-    resident: int
     programs: int
 
     @property
     def chunk(self):
         """Columns of a program, in 256s."""
-        return 128 * self.vector // COLUMNS, COLUMNS
+        return 128 * self.columns // COLUMNS, COLUMNS
+
+    @property
+    def vector(self):
+        """Columns of one access of a thread: the widest that its own are a multiple of."""
+        return next(v for v in (8, 4, 2) if self.columns % v == 0)
 
 
 def _tile(shape, given):
-    """As wide as registers hold queries, their cotangents and dw, as deep as shared memory allows."""
-    most = 8 if shape.queries <= 4 else 4 if shape.queries <= 12 else 2
-    vector = next(v for v in (8, 4, 2) if v <= most and shape.D % (128 * v) == 0)
-    chunks = shape.D // (128 * vector)
-    for resident, depth in ((4, 3), (4, 2), (3, 2), (2, 2), (1, 2), (1, 1)):
+    """As wide as registers hold queries, their cotangents and dw of two programs on a processor, as deep as
+    shared memory allows."""
+    most = 8 if shape.queries <= 6 else 6 if shape.queries <= 8 else 4 if shape.queries <= 12 else 2
+    columns = next(v for v in (8, 6, 4, 2) if v <= most and shape.D % (128 * v) == 0)
+    for resident, depth in ((2, 4), (2, 3), (2, 2), (1, 2), (1, 1)):
         rows = depth * (shape.R * (1 + given) + shape.queries) + shape.R
-        if (
-            128 * vector * 2 * rows + 4 * depth * math.prod(_numbers(shape)) + 2048
-            <= SHARED_BYTES // resident
-        ):
+        needed = 128 * columns * 2 * rows + 4 * depth * math.prod(_numbers(shape)) + 4 * KIBIBYTE
+        if needed <= SHARED_BYTES // resident:
             break
-    programs = min(shape.tokens, max(1, PROCESSORS * resident // chunks))
-    return _Tile(vector, depth, resident, programs)
+    chunks = shape.D // (128 * columns)
+    return _Tile(columns, depth, min(shape.tokens, max(1, PROCESSORS * resident // chunks)))
 
 
 def _numbers(shape):
@@ -202,7 +204,7 @@ def apply(shape, w, a, c, along, sources, counts, d_mixture, at, d_sources, inte
             "out": plgpu.SMEM(row[1:], BF16),
             "full": plgpu.Barrier(num_arrivals=copies, num_barriers=tile.depth),
         },
-        grid={"program": tile.programs, "chunk": shape.D // (128 * tile.vector)},
+        grid={"program": tile.programs, "chunk": shape.D // (128 * tile.columns)},
         groups=1,
         name="depth_mix_apply",
         interpret=interpret,

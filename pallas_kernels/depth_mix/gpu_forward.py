@@ -54,8 +54,8 @@ def score(shape, w, sources, counts, eps, interpret):
                     q = row * chunks + j
                     slot = lax.rem(q, depth)
                     plgpu.barrier_wait(r.full.at[slot])
-                    for half in range(2):
-                        queries = r.queries.at[slot, pl.ds(half * padded, padded)]
+                    for third in range(3):
+                        queries = r.queries.at[slot, pl.ds(third * padded, padded)]
                         plgpu.wgmma(acc, r.rows.at[slot], queries.transpose((1, 0)))
                     v = plgpu.load(r.rows.at[slot], layout=WGMMA, optimized=False).astype(F32)
                     plgpu.wgmma_wait(0)
@@ -82,7 +82,7 @@ def score(shape, w, sources, counts, eps, interpret):
         {"logits": shaped((shape.R, blocks * 64, padded)), "rstd": shaped((shape.R, blocks * 64))},
         {
             "rows": tiled(depth, 64, chunk, inner=chunk),
-            "queries": tiled(depth, 2 * padded, chunk, inner=chunk),
+            "queries": tiled(depth, 3 * padded, chunk, inner=chunk),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=depth),
         },
         grid={"block": blocks},

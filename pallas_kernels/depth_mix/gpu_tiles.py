@@ -39,11 +39,13 @@ class Shape(NamedTuple):
         return min(wanted, self.D // chunk)
 
 
-def halves(a, rows):
-    """[S, D] fp32 as bf16 halves [2 * rows, D] whose sum has 2^-16 of its error."""
-    a = jnp.pad(a, ((0, rows - len(a)), (0, 0)))
-    high = a.astype(BF16)
-    return jnp.concatenate([high, (a - high.astype(F32)).astype(BF16)])
+def thirds(a, rows):
+    """[S, D] fp32 as three bf16 [3 * rows, D] that add up to it."""
+    rest, parts = jnp.pad(a, ((0, rows - len(a)), (0, 0))), []
+    for _ in range(3):
+        parts.append(rest.astype(BF16))
+        rest = rest - parts[-1].astype(F32)
+    return jnp.concatenate(parts)
 
 
 def tiled(*shape, inner):

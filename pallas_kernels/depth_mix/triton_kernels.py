@@ -4,7 +4,8 @@ Inputs (scalars too) come first, then outputs, then constants. An input in the p
 is read through the output's argument: `_0` and so on stand where its own would be. The sources are up to ten
 arrays of N0 .. N9 rows; a tile holds TOK tokens of all rows, padded to NR of them, and SP padded queries.
 `seen` [NR] says which rows are visible: the others move no bytes. The fp32 side of a product enters as two
-halves in the sources' dtype (2^-16), so nothing but the result is rounded; fp32 sources multiply in fp32.
+halves in the sources' dtype (2^-16), queries in three, so nothing but the result is rounded; fp32 sources
+multiply in fp32.
 """
 
 import triton
@@ -60,6 +61,16 @@ def product(a, b, acc):
 
 
 @triton.jit
+def scores(w, v, acc):
+    """acc + w @ v, w in fp32 as three parts in v's dtype: where it is bf16 they add up to it."""
+    acc = product(w, v, acc)
+    if v.dtype != tl.float32:
+        rest = w - w.to(v.dtype).to(tl.float32)
+        acc = tl.dot((rest - rest.to(v.dtype).to(tl.float32)).to(v.dtype), v, acc)
+    return acc
+
+
+@triton.jit
 def forward(
     v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, w, seen, T, eps,
     mixture, lse, logits, rstd,
@@ -82,7 +93,7 @@ def forward(
         c = k + kc
         v = tl.load(source[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
         wk = tl.load(w + q[:, None] * D + c[None, :], mask=(q < S)[:, None] & (c < D)[None, :], other=0.0)
-        dots = product(wk, tl.trans(v), dots)
+        dots = scores(wk, tl.trans(v), dots)
         f = v.to(tl.float32)
         squares += tl.sum(f * f, 1)
     r = tl.rsqrt(squares / D + eps)
