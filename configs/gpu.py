@@ -23,6 +23,6 @@ def get_config(arg: str = "block") -> base.Config:
     config.model.update(blocks=12, width=512, heads=8, kv_heads=8, mlp_width=768, dtype="bfloat16")
     config.data.update(corpus="corpora/technical", length=512, batch=32)
     config.train.update(steps=500, log_every=10, depth_every=50, eval_every=250, eval_tokens=0)
-    config.optim.update(lr=3e-3, warmup=50)
+    config.optim.update(lr=1e-3, warmup=50)
     config.checkpoint.update(every=250, keep=1)
     return config

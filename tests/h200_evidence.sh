@@ -17,10 +17,11 @@
 # Stopped by time a run saves: the same command goes on. The exit code is that of the last sweep: 0 where all seeds that
 # were begun are finished, 124 where time stopped one or left none to begin with (137: it did not end then), else its error's;
 # 2 also for what is missing here. KEYS are more overrides of the config, RUNS the runs' folder,
-# SEEDS the most seeds, JOBS the runs at once: they share the GPU, so speeds on the pages are of four that share it.
+# FIRST the seeds to begin with (default 1: then one more at a time), SEEDS the most, JOBS the runs at once: they share
+# the GPU, so speeds on the pages are of that many that share it.
 set -u
 cd "$(dirname "$0")/.." || exit
-LIMIT=${LIMIT:-540} SEEDS=${SEEDS:-8} JOBS=${JOBS:-4} RUNS=${RUNS:-runs/gpu}
+LIMIT=${LIMIT:-540} FIRST=${FIRST:-1} SEEDS=${SEEDS:-8} JOBS=${JOBS:-4} RUNS=${RUNS:-runs/gpu}
 PYTHON=${PYTHON:-python3}
 read -ra KEYS <<< "${KEYS:-}"
 [ -n "${CORPUS:=corpora/technical}" ] && [ -f "$CORPUS/meta.json" ] ||
@@ -44,7 +45,7 @@ pack() {  # whole or not at all: the machine may be taken away at any time
 }
 
 took=0 code=124
-for ((seeds = 1; seeds <= SEEDS; seeds++)); do
+for ((seeds = FIRST; seeds <= SEEDS; seeds++)); do
   begun=$SECONDS left=$((LIMIT - SECONDS))
   # Half again as long as the one before, a guess: seed 0 also compiled the runs' programs, but from seed 1 on there
   # are pages, for which more is compiled, and all runs so far are looked at again.
@@ -58,5 +59,5 @@ for ((seeds = 1; seeds <= SEEDS; seeds++)); do
   echo "== $seeds seeds: exit $code, $took s" | tee -a "$OUT/log.txt"
   [ "$code" = 0 ] && [ "$SECONDS" -lt "$LIMIT" ] || break
 done
-[ "$seeds" -gt 1 ] || tail -n 5 "$RUNS"/*/log.txt  # why not even one seed came to its end
+[ "$seeds" -gt "$FIRST" ] || tail -n 5 "$RUNS"/*/log.txt  # why not even one seed came to its end
 exit "$code"
