@@ -31,9 +31,8 @@ from pallas_kernels.depth_mix.vjp import Forward
 from pallas_kernels.mosaic import PROCESSORS, SHARED_BYTES, run, shaped
 
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
-BARRIERS = 32  # of one scratch, at most
-TOGETHER = 3  # rows
-WIDEST = 32  # columns of a thread: weights, cotangents and dw of more would spill
+BARRIERS, REGISTERS = 32, 65536  # of one scratch, at most; of a processor
+WIDEST = 32  # columns of a thread: w, dO and dw of more would spill
 # [rows, warps]: of each row, in one lane, a number from each warp; the same in all warps.
 PARTS = plgpu.Layout.TILED(
     plgpu.Tiling(((WARPS, LANES, WARPS),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
@@ -54,7 +53,7 @@ class Tile(NamedTuple):
     slots: int
     given_slots: int
     resident: int
-    together: int = TOGETHER
+    together: int
     synced: bool = True
 
     @property
@@ -64,8 +63,8 @@ class Tile(NamedTuple):
 
     @property
     def vector(self):
-        """Columns of one access of a lane: the widest that a warpgroup's columns allow."""
-        return next(v for v in (8, 4, 2) if self.D // self.groups % (WARPS * LANES * v) == 0)
+        """Columns of one access of a lane; of eight, more of the sum would be left to add up in the end."""
+        return next(v for v in (4, 2) if self.D // self.groups % (WARPS * LANES * v) == 0)
 
     @property
     def folded(self):
@@ -94,30 +93,40 @@ class Tile(NamedTuple):
         return plgpu.SMEM((slots, *self.folded), BF16), plgpu.Barrier(num_barriers=self.groups * slots)
 
 
-def _groups(D):
-    """As few warpgroups as hold a row, whose sums then have few parts."""
-    return next((g for g in range(1, 9) if D // COLUMNS % g == 0 and D // g <= WIDEST * WARPS * LANES), None)
-
-
 def tile_of(tokens, D, R, *, backward, given=False):
     """The tile of one direction, or None where a token's rows do not fit shared memory.
 
-    Several programs of a processor hide each other's latencies, as long as a third of the rows of a next
-    token fits beside those of the token at hand.
+    Programs of a processor hide each other's latencies: as many as leave a few rows of a next token in flight.
     """
-    groups = _groups(D)
-    if groups is None:
-        return None
-    needed = R + 2 if backward else R + 1  # of the slots: a backward token has its dO, and one in flight
-    for resident in range(min(8, max(3, 6144 // D)), 0, -1):
-        rows = (SHARED_BYTES // resident - 2048 - 2048 * groups) // (2 * D)
-        others = min(R, max(2, rows // 3)) if given else 0 if backward else 1  # given, or staged
-        others = max(others - max(0, needed + others - rows), min(others, 2))
-        slots = min(BARRIERS // groups, rows - others)
-        if slots >= needed + (R // 3 if resident > 1 else 0):
-            others = min(others, BARRIERS // groups)
-            return Tile(tokens, D, groups, slots, others if given else 0, resident)
+    needed = R + 2 if backward else R + 1  # slots: backward a token has its dO; one is on its way
+    wanted = 4 if given else 2  # of them more than that, where programs share a processor
+    for resident in range(max(3, 6144 // D), 0, -1):
+        # A lone program hides latencies among its own warps.
+        groups = next((g for g in _splits(D, needed) if resident > 1 or g > 1), min(_splits(D, needed), default=0))
+        if not groups or resident * groups * WARPS * LANES * _registers(D // groups, backward) > REGISTERS:
+            continue
+        rows = (SHARED_BYTES // resident - 2048 - 2048 * groups) // (2 * D) - (not backward)  # one is staged
+        spare, most = rows - needed, BARRIERS // groups
+        others = min(R, most, max(2, spare // 2)) if given else 0
+        if spare >= others and (resident == 1 or spare >= wanted):
+            together = next((n for n in (3, 4, 2) if R % n == 0), 3)
+            return Tile(tokens, D, groups, min(most, rows - others), others, resident, together)
     return None
+
+
+def _splits(D, slots):
+    """Numbers of warpgroups that can share a row and have barriers for so many slots; few: sums have few parts."""
+    return [
+        g
+        for g in range(1, 9)
+        if D // COLUMNS % g == 0 and D // g <= WIDEST * WARPS * LANES and BARRIERS // g >= slots
+    ]
+
+
+def _registers(columns, backward):
+    """At most of a thread, by ptxas, for so many columns of a warpgroup."""
+    each = columns // (WARPS * LANES)
+    return 50 + 6 * each if backward else 44 + 3 * each
 
 
 def fits(D, R):
@@ -229,22 +238,28 @@ class _Stream:
         """Wait for what a slot is to hold."""
         plgpu.barrier_wait(self.full.at[self.single.group * self.slots + slot])
 
-    def fetch(self, at, wanted=None):
+    def fetch(self, at, wanted=True):
         """Start the copy of the next row, into the slot that was released longest ago; then where to go on."""
         token, row, slot = at
         single, more = self.single, token < self.single.tile.tokens
-        more = more if wanted is None else more & wanted
-        for k, array in enumerate(self.arrays):
+        full = self.full.at[single.group * self.slots + slot]
 
-            @pl.when(more & (row >= self.first[k]) & (row < self.first[k + 1]))
-            def _(k=k, array=array):
-                source, full = array.at[row - self.first[k], token, single.cols], single.group * self.slots
-                plgpu.copy_gmem_to_smem(source, self.ring.at[slot, single.cols], self.full.at[full + slot])
+        def copy(source):
+            plgpu.copy_gmem_to_smem(source.at[token, single.cols], self.ring.at[slot, single.cols], full)
 
-        step = jnp.int32(1) if wanted is None else wanted.astype(jnp.int32)
+        pl.when(more if wanted is True else more & wanted)(lambda: self.of_row(row, copy))
+        step = 1 if wanted is True else wanted.astype(jnp.int32)
         row, slot = row + step, self.slot(slot + step)
         last = row == self.first[-1]
         return jnp.where(last, token + single.tile.programs, token), jnp.where(last, 0, row), slot
+
+    def of_row(self, row, use, k=0):
+        """`use` the array's row, of array k or one behind it."""
+        if k + 1 == len(self.arrays):
+            use(self.arrays[k].at[row - self.first[k]])
+            return
+        here = lambda: use(self.arrays[k].at[row - self.first[k]])
+        lax.cond(row < self.first[k + 1], here, lambda: self.of_row(row, use, k + 1))
 
 
 class _Single:
@@ -279,6 +294,8 @@ class _Single:
     def several(self, i):
         """The rows of step i, each with whether there is such a row: else it is the last one again."""
         rows = [i * self.tile.together + u for u in range(self.tile.together)]
+        if isinstance(self.rows, int) and self.rows % self.tile.together == 0:
+            return [(row, True) for row in rows]
         return [(lax.min(row, self.rows - 1), row < self.rows) for row in rows]
 
     def steps_over_rows(self):
@@ -332,8 +349,8 @@ class _Single:
             def mix(i, carry):
                 total, front = carry
                 for row, present in self.several(i):
-                    weight = jnp.where(present, r.numbers[self.group, 0, row], 0.0)
-                    total += weight * self.load(r.rows.at[stream.slot(slot + row)])
+                    weight = r.numbers[self.group, 0, row]
+                    total += (weight if present is True else jnp.where(present, weight, 0.0)) * self.load(r.rows.at[stream.slot(slot + row)])
                 plgpu.commit_smem()
                 for _, present in self.several(i):
                     front = stream.fetch(front, present)
@@ -373,14 +390,13 @@ class _Single:
     def backward(self, given):
         """All tokens of this program, then its sum of dw."""
         r = self.r
-        self.outs = [getattr(r, f"d_source{k}") for k in range(len(self.sources))]
+        outs = [getattr(r, f"d_source{k}") for k in range(len(self.sources))]
         # A token's first row is its cotangent. One slot is left empty: the first token releases two.
         self.stream = _Stream(self, [r.d_mixture, *self.sources], [1, *self.lengths], r.rows, r.full)
         front = self.stream.fill(self.tile.slots - 1)
-        self.more, behind = None, ()
-        if given:
-            self.more = _Stream(self, self.outs, self.lengths, r.given, r.given_full)
-            behind = (*self.more.fill(self.tile.given_slots), jnp.int32(0))
+        ring = (r.given, r.given_full) if given else (r.rows, r.full)
+        self.results = _Stream(self, outs, self.lengths, *ring)
+        behind = (*self.results.fill(self.tile.given_slots), jnp.int32(0)) if given else ()
         w = self.load(r.w)
 
         def step(b, carry):
@@ -402,7 +418,7 @@ class _Single:
                 plgpu.commit_smem()
                 self.send(i, at, self.token(b))
                 if behind:
-                    behind = (*self.more.fetch(behind[:3]), self.more.slot(behind[3] + 1))
+                    behind = (*self.results.fetch(behind[:3]), self.results.slot(behind[3] + 1))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 return dw + share, self.stream.fetch(front, i > 0), behind
 
@@ -431,19 +447,18 @@ class _Single:
         v = self.load(r.rows.at[at])
         z = a * d + c * w - along * v
         if behind:
-            self.more.arrived(behind[3])
+            self.results.arrived(behind[3])
             z += self.load(r.given.at[behind[3]])
         r.rows.at[at][self.cols] = z.astype(BF16)
         return c * v
 
     def send(self, i, at, t):
         """Start the copy of row i to memory."""
-        first = self.stream.first[1:]  # without the cotangent, whose row is 0
-        for k, out in enumerate(self.outs):
 
-            @pl.when((i + 1 >= first[k]) & (i + 1 < first[k + 1]))
-            def _(k=k, out=out):
-                target = out.at[i + 1 - first[k], t, self.cols]
-                plgpu.copy_smem_to_gmem(self.r.rows.at[at, self.cols], target, commit_group=False)
+        def copy(out):
+            plgpu.copy_smem_to_gmem(
+                self.r.rows.at[at, self.cols], out.at[t, self.cols], commit_group=False
+            )
 
+        self.results.of_row(i, copy)
         plgpu.commit_smem_to_gmem_group()
