@@ -12,12 +12,13 @@ PROCESSOR_BYTES = 228 * KIBIBYTE  # of shared memory
 PROCESSORS = 132  # of a Hopper
 
 
-def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret):
+def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret, synced=True):
     """Call `body(refs)`; inputs, outputs and scratch are dicts, and their refs are attributes of `refs`.
 
     An input that is a `jax.Ref` is written in place; JAX takes those inside `jax.shard_map` with
     `check_vma=False` only. `grid` is a dict of axis names and sizes;
-    `groups` warpgroups of 128 threads run the body, told apart by the axis "group".
+    `groups` warpgroups of 128 threads run the body, told apart by the axis "group". Unless `synced`, Mosaic
+    puts no barriers of its own around stores and copies.
     """
     names = [*inputs, *outputs, *scratch]
 
@@ -33,6 +34,7 @@ def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret):
         num_threads=groups,
         thread_name="group",
         kernel_name=name,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not synced),
         interpret=interpret,
     )
     return SimpleNamespace(**dict(zip(outputs, call(*inputs.values()), strict=True)))

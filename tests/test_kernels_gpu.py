@@ -22,7 +22,7 @@ from attnres_jax import __main__
 from attnres_jax.bench import h200
 from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
-from pallas_kernels.depth_mix import gpu_backward
+from pallas_kernels.depth_mix import gpu_backward, gpu_single
 from pallas_kernels.depth_mix.gpu_tiles import Shape
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -247,6 +247,33 @@ def test_mosaic_mix(S, lengths, counts, tokens, D, given, monkeypatch):
     monkeypatch.setattr(gpu_backward, "PROCESSORS", 1)  # so that a program walks over several tokens
     roundings = -(-S // mix_gpu.QUERIES)  # of d_sources, once for each 16 queries
     check_mix(mix_gpu, S, lengths, counts, tokens, D, BF16, given, roundings=roundings, interpret=RACES)
+
+
+SINGLE = [  # warpgroups, rows together, rows of each array, visible of them, tokens, D, given
+    pytest.param(1, 3, [1, 4], [None, 2], 3, 256, True, id="counted"),
+    pytest.param(2, 2, [1, 2], [None, None], 3, 512, False, id="two warpgroups"),
+    pytest.param(1, 3, [1, 1, 2], [None] * 3, 5, 768, True, id="rings turn", marks=pytest.mark.slow),
+    pytest.param(2, 3, [3, 4], [1, None], 5, 1024, True, id="the first is counted", marks=pytest.mark.slow),
+    pytest.param(1, 4, [4], [1], 3, 256, False, id="one visible row, none given", marks=pytest.mark.slow),
+    pytest.param(1, 1, [1], [None], 1, 256, False, id="one token of one row", marks=pytest.mark.slow),
+    pytest.param(1, 4, [16], [None], 3, 256, True, id="16 rows", marks=pytest.mark.slow),
+    pytest.param(1, 3, [2], [None], 63, 256, False, id="63 tokens", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("groups", "together", "lengths", "counts", "tokens", "D", "given"), SINGLE)
+def test_mosaic_single_read(groups, together, lengths, counts, tokens, D, given, monkeypatch):
+    """With the fewest slots, so that every slot is used again."""
+    monkeypatch.setattr(gpu_single, "PROCESSORS", 1)
+    tile_of = gpu_single.tile_of
+
+    def tight(tokens, D, R, *, backward, given=False):
+        tile = tile_of(tokens, D, R, backward=backward, given=given)
+        others = {"given_slots": min(2, tile.given_slots), "resident": 2, "together": together}
+        return tile._replace(groups=groups, slots=R + 1 + backward, **others)
+
+    monkeypatch.setattr(gpu_single, "tile_of", tight)
+    check_mix(mix_gpu, 1, lengths, counts, tokens, D, BF16, given, interpret=RACES)
 
 
 TRITON_WIDTHS = [  # D, dtype

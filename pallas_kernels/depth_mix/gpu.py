@@ -30,6 +30,7 @@ than 8 tokens that 8 does not divide are padded, which copies the sources.
 
 import jax.numpy as jnp
 
+from pallas_kernels.depth_mix import gpu_single
 from pallas_kernels.depth_mix.gpu_backward import apply, dscore
 from pallas_kernels.depth_mix.gpu_forward import mix, score
 from pallas_kernels.depth_mix.gpu_tiles import BF16, COLUMNS, TOKENS, Shape, thirds
@@ -65,6 +66,11 @@ def refusal(S, R, D, dtype):
     return None
 
 
+def _single(shape):
+    """Whether the kernels of a single read run."""
+    return shape.queries == 1 and gpu_single.fits(shape.D, shape.R)
+
+
 def _whole(a):
     """[rows, tokens, ...] with tokens in whole eights, the tiles of a copy; fewer than eight are one."""
     missing = -a.shape[1] % TOKENS if a.shape[1] > TOKENS else 0
@@ -73,7 +79,10 @@ def _whole(a):
 
 def forward(w, sources, counts, *, eps, interpret=None):
     """Mixture and lse of every query; see the contract in the README of this folder."""
-    tokens, sources = _shape(w, sources).tokens, tuple(map(_whole, sources))
+    shape = _shape(w, sources)
+    if _single(shape):
+        return gpu_single.forward(w, sources, counts, eps=eps, interpret=interpret)
+    tokens, sources = shape.tokens, tuple(map(_whole, sources))
     parts = [_forward(w[s : s + QUERIES], sources, counts, eps, interpret) for s in range(0, len(w), QUERIES)]
     stats = tuple(p.stats for p in parts)
     mixture, lse = parts[0][:2]
@@ -85,7 +94,11 @@ def forward(w, sources, counts, *, eps, interpret=None):
 def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps, interpret=None):
     """(dw, d_sources), the latter added to what was given, in place."""
     del eps  # all that it says is in stats
-    tokens, sources = _shape(w, sources).tokens, tuple(map(_whole, sources))
+    shape = _shape(w, sources)
+    if _single(shape):
+        kept = lse, stats, d_mixture, d_lse, d_sources
+        return gpu_single.backward(w, sources, counts, *kept, interpret=interpret)
+    tokens, sources = shape.tokens, tuple(map(_whole, sources))
     lse, d_mixture, d_lse = map(_whole, (lse, d_mixture, d_lse))
     d_sources = None if d_sources is None else tuple(map(_whole, d_sources))
     dw = []
