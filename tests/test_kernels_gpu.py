@@ -22,7 +22,7 @@ from attnres_jax import __main__
 from attnres_jax.bench import h200
 from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
-from pallas_kernels.depth_mix import gpu_backward, gpu_single
+from pallas_kernels.depth_mix import gpu_backward, gpu_single, gpu_token
 from pallas_kernels.depth_mix.gpu_tiles import Shape
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -264,7 +264,7 @@ SINGLE = [  # warpgroups, rows together, rows of each array, visible of them, to
 @pytest.mark.parametrize(("groups", "together", "lengths", "counts", "tokens", "D", "given"), SINGLE)
 def test_mosaic_single_read(groups, together, lengths, counts, tokens, D, given, monkeypatch):
     """With the fewest slots, so that every slot is used again."""
-    monkeypatch.setattr(gpu_single, "PROCESSORS", 1)
+    monkeypatch.setattr(gpu_token, "PROCESSORS", 1)  # so that a program walks over several tokens
     tile_of = gpu_single.tile_of
 
     def tight(tokens, D, R, *, backward, given=False):
