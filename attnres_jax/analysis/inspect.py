@@ -104,7 +104,9 @@ def _counted(scheme, sublayers, width):
         return through_depth(scheme, mix, "a" * sublayers, {"a": layer}, x, implementation="reference").h
 
     mix = jax.eval_shape(lambda: scheme.init(sublayers, width))
-    stage: Any = jax.jit(forward).lower(mix, jax.ShapeDtypeStruct((1, 1, width), jnp.float32))
+    (cpu,) = jax.local_devices(backend="cpu")[:1]  # a GPU's compiler counts nothing before it compiles
+    with jax.default_device(cpu):
+        stage: Any = jax.jit(forward).lower(mix, jax.ShapeDtypeStruct((1, 1, width), jnp.float32))
     return int(stage.cost_analysis()["flops"])
 
 

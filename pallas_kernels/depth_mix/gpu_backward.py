@@ -64,27 +64,29 @@ def dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret)
         if arrivals:
             plgpu.barrier_wait(r.zeroed)
 
-        def products(acc):
-            @pl.loop(0, chunks)
-            def _(j):
-                slot = lax.rem(j, depth)
-                plgpu.barrier_wait(r.full.at[slot])
+        def step(j, products):
+            slot = lax.rem(j, depth)
+            plgpu.barrier_wait(r.full.at[slot])
+
+            def product(acc):
                 plgpu.wgmma(acc, r.cotangents.at[slot, mine], r.rows.at[slot].transpose((1, 0)))
-                plgpu.wgmma_wait(0)
+                return acc[...]
 
-                @pl.when(j + depth < chunks)
-                def _():
-                    plgpu.barrier_arrive(r.empty.at[slot])
+            part = pl.run_scoped(product, plgpu.ACC((64, inner), F32))  # as in `score`
 
-                @pl.when((group == 0) & (j + depth < chunks))
-                def _():
-                    plgpu.barrier_wait(r.empty.at[slot])
-                    fetch(j + depth)
+            @pl.when(j + depth < chunks)
+            def _():
+                plgpu.barrier_arrive(r.empty.at[slot])
 
-            return acc[...]
+            @pl.when((group == 0) & (j + depth < chunks))
+            def _():
+                plgpu.barrier_wait(r.empty.at[slot])
+                fetch(j + depth)
 
-        d_weights = _blocks_of(pl.run_scoped(products, plgpu.ACC((64, inner), F32)), shape.R)
-        _through_softmax(r, block, mine, d_weights)
+            return products + part
+
+        zero = plgpu.layout_cast(jnp.zeros((64, inner), F32), WGMMA)
+        _through_softmax(r, block, mine, _blocks_of(lax.fori_loop(0, chunks, step, zero), shape.R))
 
     out = run(
         body,

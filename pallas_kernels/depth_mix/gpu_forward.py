@@ -28,7 +28,8 @@ from pallas_kernels.mosaic import run, shaped
 def score(shape, w, sources, counts, eps, interpret):
     """Logits [R, tokens in 64s, queries] and rstd [R, tokens in 64s] of the visible rows."""
     chunk, padded = shape.chunk, shape.padded
-    chunks, depth, blocks = shape.D // chunk, shape.depth(4, chunk), -(-shape.tokens // 64)
+    chunks, blocks = shape.D // chunk, -(-shape.tokens // 64)
+    depth = shape.depth(4 if padded == 8 else 3, chunk)  # two programs share a processor
 
     def body(r):
         tokens = pl.ds(lax.axis_index("block") * 64, 64)
@@ -49,30 +50,32 @@ def score(shape, w, sources, counts, eps, interpret):
 
         @pl.loop(0, n)
         def _(row):
-            def product(acc):
-                def step(j, squares):
-                    q = row * chunks + j
-                    slot = lax.rem(q, depth)
-                    plgpu.barrier_wait(r.full.at[slot])
+            def step(j, carry):
+                dots, squares = carry
+                q = row * chunks + j
+                slot = lax.rem(q, depth)
+                plgpu.barrier_wait(r.full.at[slot])
+
+                def product(acc):
                     for third in range(3):
                         queries = r.queries.at[slot, pl.ds(third * padded, padded)]
                         plgpu.wgmma(acc, r.rows.at[slot], queries.transpose((1, 0)))
-                    v = plgpu.load(r.rows.at[slot], layout=WGMMA, optimized=False).astype(F32)
-                    plgpu.wgmma_wait(0)
-                    plgpu.commit_smem()
+                    return acc[...]
 
-                    @pl.when(q + depth < n * chunks)
-                    def _():
-                        fetch(q + depth)
+                # The tensor cores cut off what their sum does not hold: one of all of D would be biased.
+                part = pl.run_scoped(product, plgpu.ACC((64, padded), F32))
+                v = plgpu.load(r.rows.at[slot], layout=WGMMA, optimized=False).astype(F32)
+                plgpu.commit_smem()
 
-                    return squares + v * v
+                @pl.when(q + depth < n * chunks)
+                def _():
+                    fetch(q + depth)
 
-                zero = plgpu.layout_cast(jnp.zeros((64, chunk), F32), WGMMA)
-                squares = lax.fori_loop(0, chunks, step, zero)
-                return acc[...], jnp.sum(squares, axis=1)
+                return dots + part, squares + v * v
 
-            dots, squares = pl.run_scoped(product, plgpu.ACC((64, padded), F32))
-            rstd = lax.rsqrt(squares * (1.0 / shape.D) + eps)
+            zeros = [plgpu.layout_cast(jnp.zeros((64, width), F32), WGMMA) for width in (padded, chunk)]
+            dots, squares = lax.fori_loop(0, chunks, step, tuple(zeros))
+            rstd = lax.rsqrt(jnp.sum(squares, axis=1) * (1.0 / shape.D) + eps)
             r.rstd[at + row, tokens] = rstd
             r.logits[at + row, tokens] = dots * lax.broadcast_in_dim(rstd, dots.shape, (0,))
 
