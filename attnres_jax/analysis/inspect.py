@@ -104,10 +104,12 @@ def _counted(scheme, sublayers, width):
         return through_depth(scheme, mix, "a" * sublayers, {"a": layer}, x, implementation="reference").h
 
     mix = jax.eval_shape(lambda: scheme.init(sublayers, width))
-    (cpu,) = jax.local_devices(backend="cpu")[:1]  # a GPU's compiler counts nothing before it compiles
-    with jax.default_device(cpu):
-        stage: Any = jax.jit(forward).lower(mix, jax.ShapeDtypeStruct((1, 1, width), jnp.float32))
-    return int(stage.cost_analysis()["flops"])
+    args = mix, jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
+    counts: Any = jax.jit(forward).lower(*args).cost_analysis()
+    if counts is None:  # a GPU's compiler counts nothing before it compiles
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            counts = jax.jit(forward).lower(*args).cost_analysis()
+    return int(counts["flops"])
 
 
 def residual_bytes(config: ModelConfig) -> float:
