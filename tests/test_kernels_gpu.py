@@ -24,6 +24,7 @@ from pallas_kernels.depth_merge import gpu as merge_gpu
 from pallas_kernels.depth_mix import gpu as mix_gpu
 from pallas_kernels.depth_mix import gpu_backward, gpu_single, gpu_token
 from pallas_kernels.depth_mix.gpu_tiles import Shape
+from pallas_kernels.mosaic import SHARED_BYTES
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 RACES = plgpu.InterpretGPUParams(detect_races=True)
@@ -357,6 +358,25 @@ BAD_MIX = [  # rows, D, dtype, what the error says
 def test_mosaic_mix_refuses(R, D, dtype, message):
     with pytest.raises(ValueError, match=message):
         mix_gpu.forward(jnp.ones((1, D)), (jnp.ones((R, 4, D), dtype),), (None,), eps=EPS)
+
+
+def test_mosaic_single_read_has_a_tile():
+    """Within shared memory, registers and barriers, or none: then the four kernels run."""
+    found = product(
+        (256, 2048, 2304, 4096, 7168), range(1, 17), ((False, False), (True, False), (True, True))
+    )
+    for D, R, (backward, given) in found:
+        tile = gpu_single.tile_of(8192, D, R, backward=backward, given=given)
+        assert tile or (D, R > 11) == (7168, True)
+        if tile:
+            slots = tile.slots + tile.given_slots + (not backward)
+            assert tile.resident * (2 * D * slots + 4096) <= SHARED_BYTES
+            assert tile.groups * max(tile.slots, tile.given_slots) <= 32
+            assert tile.slots >= R + 1 + backward
+            assert tile.given_slots >= min(R, 2) * given
+    assert gpu_single.fits(7168, 11)
+    assert not gpu_single.fits(7168, 12)
+    assert not gpu_single.fits(2048, 17)
 
 
 def test_mosaic_mix_lands_copies_where_the_hardware_takes_them():

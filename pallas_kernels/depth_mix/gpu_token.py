@@ -110,13 +110,14 @@ class Stream:
         last = row == self.first[-1]
         return jnp.where(last, token + single.tile.programs, token), jnp.where(last, 0, row), slot
 
-    def of_row(self, row, use, k=0):
-        """`use` the array's row, of array k or one behind it."""
-        if k + 1 == len(self.arrays):
-            use(self.arrays[k].at[row - self.first[k]])
-            return
-        array, here = self.arrays[k], row < self.first[k + 1]
-        lax.cond(here, lambda: use(array.at[row - self.first[k]]), lambda: self.of_row(row, use, k + 1))
+    def of_row(self, row, use):
+        """`use` that row of the array it is in."""
+
+        def branch(k):
+            return lambda: use(self.arrays[k].at[row - self.first[k]])
+
+        which = sum(((row >= first).astype(jnp.int32) for first in self.first[1:-1]), jnp.int32(0))
+        lax.switch(which, [branch(k) for k in range(len(self.arrays))])
 
 
 class Single:
