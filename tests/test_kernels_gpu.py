@@ -429,23 +429,29 @@ def test_triton_is_called_as_its_version_wants(version, results, alias, seen, mo
     assert all(got is named[name] for got, name in zip(operands, seen.split(), strict=True))
 
 
-KERNELS = {  # calls of each kernel in forward and backward
-    "depth_merge": {"depth_merge_forward": 1, "depth_merge_backward": 1},
-    "depth_mix": {"depth_mix_score": 1, "depth_mix_forward": 1, "depth_mix_dscore": 1, "depth_mix_apply": 1},
+KERNELS = {  # of an op and its reads: calls of each kernel in forward and backward
+    ("depth_merge", 2): {"depth_merge_forward": 1, "depth_merge_backward": 1},
+    ("depth_mix", 2): {
+        "depth_mix_score": 1,
+        "depth_mix_forward": 1,
+        "depth_mix_dscore": 1,
+        "depth_mix_apply": 1,
+    },
+    ("depth_mix", 1): {"depth_mix_single_forward": 1, "depth_mix_single_backward": 1},
 }
 
 
-@pytest.mark.parametrize("op", KERNELS)
-def test_lowering_for_cuda_holds_each_kernel_once(op):
+@pytest.mark.parametrize(("op", "reads"), KERNELS)
+def test_lowering_for_cuda_holds_each_kernel_once(op, reads):
     programs = []
     for direction in h200.DIRECTIONS:
         # Lowering takes as long as there are rows and queries.
-        f, args = h200.call(h200.Case("gpu", op, direction, 512, 2, 1))
+        f, args = h200.call(h200.Case("gpu", op, direction, 512, 2, reads))
         with jax.sharding.use_abstract_mesh(h200.mesh()):
             programs.append(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)))
     text = "".join(p.as_text(debug_info=True) for p in programs)
-    assert text.count("custom_call @mosaic_gpu") == sum(KERNELS[op].values())
-    assert {name: text.count(f"/{name}/mpmd_map") for name in KERNELS[op]} == KERNELS[op]
+    assert text.count("custom_call @mosaic_gpu") == sum(KERNELS[op, reads].values())
+    assert {name: text.count(f"/{name}/mpmd_map") for name in KERNELS[op, reads]} == KERNELS[op, reads]
 
 
 @pytest.mark.slow
@@ -454,8 +460,8 @@ def test_no_kernel_spills_on_an_h200(tmp_path):
     if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)) or not h200.toolkit():
         pytest.skip("the CUDA plugin of JAX or the CUDA compiler is not installed")
     out = tmp_path / "rows.jsonl"
-    for width in (2048, 2304, 4096):
-        words = ["bench", "roofline", "--chip=h200", f"--width={width}", f"--out={out}"]
+    for width, reads in product((2048, 2304, 4096), (1, 6)):
+        words = ["bench", "roofline", "--chip=h200", f"--width={width}", f"--reads={reads}", f"--out={out}"]
         assert __main__.main(words) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     compiled = [row for row in rows if "error" not in row]
@@ -463,7 +469,7 @@ def test_no_kernel_spills_on_an_h200(tmp_path):
     assert {row["kernel"] for row in compiled if row["backend"] == "gpu"} == names
     lowers = jax.version.__version_info__ < (0, 12) and importlib.util.find_spec("jax_triton")
     assert {row["kernel"] for row in compiled if row["backend"] == "triton"} == (
-        names - {"depth_mix_score"} if lowers else set()
+        {name.replace("single", "one") for name in names - {"depth_mix_score"}} if lowers else set()
     )
     assert all(row["spilled_bytes"] == 0 and row["registers"] <= 255 for row in compiled), rows
 
