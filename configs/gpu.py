@@ -1,14 +1,11 @@
-r"""Twelve transformer blocks of width 512 on 58 MB of English technical text: estimated minutes on one H200.
+r"""Twelve transformer blocks of width 512 on 58 MB of English technical text: two to three minutes a run on one H200.
 
 Command   bash tests/h200_evidence.sh, whose head says what to prepare; or one run, the text as for technical:
           python -m attnres_jax train --config=gpu:block --workdir=runs/block   (or plain, full, mhc)
 Hardware  one H200 or H100, bf16 activations over fp32 parameters
-Time      not measured: no GPU was lent. Estimate, H200: a token is 223 MFLOPs of training (inspect, plain;
-          recomputation not counted), a run 8.2 M tokens, so 1.8 PFLOPs: 18 s at 0.1 of 990 TFLOP/s (bf16).
-          A tenth, for half of the time of a step 2304 wide (docs/results/kernels) was no matrix product, and
-          here these have a quarter of the width. With guesses for the others, Block 1.2 of plain, Full 1.6
-          and mHC 3: 126 s for a seed of all four
-Expect    not measured either; the rate was tried for no scheme
+Time      H200, eight runs at once (2026-11-27): 2.0 minutes plain, 3.0 Block, 3.1 Full, of which 30 to 50 s compile;
+          mHC not finished
+Expect    held-out bits/byte 1.784 plain, 1.646 Block, 1.638 Full (docs/results/gpu; one rate for all, tuned for none)
 """
 
 from attnres_jax.configs import base
