@@ -50,7 +50,7 @@ done
     --config.model.dtype=bfloat16 --config.model.attention=flash --config.data.length=2048 --config.data.batch=8)
   for implementation in "${runs[@]}"; do
     file=$(mktemp)
-    stage "step $width $implementation" 60 "$PYTHON" -m attnres_jax bench step --config=quick:block --rounds=8 \
+    stage "step $width $implementation" 90 "$PYTHON" -m attnres_jax bench step --config=quick:block --rounds=4 \
       --arms block --implementation="$implementation" --out="$file" "${keys[@]}"
     tr -d '\n' < "$file" >> "$OUT/step.jsonl" && echo >> "$OUT/step.jsonl"
     rm "$file"
