@@ -1,11 +1,12 @@
-r"""Twelve transformer blocks of width 512 on 58 MB of English technical text: two to three minutes a run on one H200.
+r"""Twelve transformer blocks of width 512 on 58 MB of English technical text: three minutes on an H200.
 
 Command   bash tests/h200_evidence.sh, whose head says what to prepare; or one run, the text as for technical:
           python -m attnres_jax train --config=gpu:block --workdir=runs/block   (or plain, full, mhc)
 Hardware  one H200 or H100, bf16 activations over fp32 parameters
-Time      H200, eight runs at once (2026-11-27): 2.0 minutes plain, 3.0 Block, 3.1 Full, of which 30 to 50 s compile;
-          mHC not finished
-Expect    held-out bits/byte 1.784 plain, 1.646 Block, 1.638 Full (docs/results/gpu; one rate for all, tuned for none)
+Time      H200, eight runs at once (2026-11-27): 2.0 minutes plain, 3.0 Block, 3.1 Full, of which 30 to 50 s
+          compile; mHC not finished
+Expect    held-out bits/byte 1.784 plain, 1.646 Block, 1.638 Full (docs/results/gpu; one rate for all, tuned
+          for none)
 """
 
 from attnres_jax.configs import base

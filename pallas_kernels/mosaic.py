@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-KIBIBYTE = 1024  # to which a buffer in shared memory is rounded up, and what a program costs beside its own
+KIBIBYTE = 1024  # to which a buffer in shared memory is rounded up
+RESERVED_BYTES = (
+    KIBIBYTE + 128
+)  # of shared memory, for each program: the driver's, and a byte that Mosaic declares
 SHARED_BYTES = 223 * KIBIBYTE  # of a Hopper's 227 KiB per program; the rest is for barriers and the compiler
 PROCESSOR_BYTES = 228 * KIBIBYTE  # of shared memory
 PROCESSORS = 132  # of a Hopper
 
 
-def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret, synced=True):
+def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret):
     """Call `body(refs)`; inputs, outputs and scratch are dicts, and their refs are attributes of `refs`.
 
     An input that is a `jax.Ref` is written in place; JAX takes those inside `jax.shard_map` with
     `check_vma=False` only. `grid` is a dict of axis names and sizes;
-    `groups` warpgroups of 128 threads run the body, told apart by the axis "group". Unless `synced`, Mosaic
-    puts no barriers of its own around stores and copies.
+    `groups` warpgroups of 128 threads run the body, told apart by the axis "group".
     """
     names = [*inputs, *outputs, *scratch]
 
@@ -34,7 +36,6 @@ def run(body, inputs, outputs, scratch, *, grid, groups, name, interpret, synced
         num_threads=groups,
         thread_name="group",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not synced),
         interpret=interpret,
     )
     return SimpleNamespace(**dict(zip(outputs, call(*inputs.values()), strict=True)))

@@ -20,6 +20,7 @@ LARGE_MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
     (513, 7168, 6, BF16, True, False, 3, False, False),
     (1023, 2304, 6, BF16, True, True, 5, False, True),
     (513, 4096, 3, BF16, True, False, 0, True, False),
+    (1023, 4096, 3, BF16, True, False, 1, False, False),
 ]
 LARGE_MIX = [  # S, rows of each array, visible of them, tokens, D, given
     (17, [9], [None], 1023, 2048, True),

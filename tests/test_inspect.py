@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attnres_jax import residuals
 from attnres_jax.analysis import inspect
+from attnres_jax.configs import UserError
 from attnres_jax.models.transformer import ModelConfig, Transformer
 
 SMALL = ModelConfig(
@@ -38,6 +40,30 @@ def test_queries_of_the_input_are_counted():
         inspect.cost(replace(SMALL, residual=name), LENGTH) for name in ("full", "full_input_query")
     )
     assert asked.depth_flops - full.depth_flops == 2 * 7 * 32 * 32
+
+
+def test_flops_are_counted_on_the_cpu_where_a_compiler_counts_none(monkeypatch):
+    """As on a GPU: its lowered programs say None."""
+    count, asked = jax.stages.Lowered.cost_analysis, []
+
+    def second(lowered):
+        asked.append(lowered)
+        return count(lowered) if len(asked) % 2 == 0 else None
+
+    scheme = residuals.make("mhc")
+    inspect._counted.cache_clear()
+    want = inspect._counted(scheme, 2, 8)
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", second)
+    inspect._counted.cache_clear()
+    assert inspect._counted(scheme, 2, 8) == want > 0
+    inspect._counted.cache_clear()
+
+    def absent(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    with pytest.raises(UserError, match="JAX_PLATFORMS=cuda,cpu"):
+        inspect._counted(scheme, 2, 8)
 
 
 def test_values_that_are_made_twice_are_counted():

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnres_jax.analysis.stream import moved
+from attnres_jax.configs import UserError
 from attnres_jax.models.table import Parameter, parameter_table
 from attnres_jax.models.transformer import ModelConfig, abstract
 from attnres_jax.residuals import AttnRes, Plain
@@ -107,9 +108,17 @@ def _counted(scheme, sublayers, width):
     args = mix, jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
     counts: Any = jax.jit(forward).lower(*args).cost_analysis()
     if counts is None:  # a GPU's compiler counts nothing before it compiles
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(_cpu()):
             counts = jax.jit(forward).lower(*args).cost_analysis()
     return int(counts["flops"])
+
+
+def _cpu():
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as absent:
+        wanted = "leave JAX_PLATFORMS unset, or add the CPU to it (JAX_PLATFORMS=cuda,cpu)"
+        raise UserError(f"FLOPs are counted on the CPU, which JAX does not have here: {wanted}") from absent
 
 
 def residual_bytes(config: ModelConfig) -> float:

@@ -240,7 +240,12 @@ def _merge(module, case, of):
     def backward(stats):
         return partial(module.backward, **norms), (*first, stats, row, row, row, rows, lse)
 
-    return partial(module.forward, **norms, keep_mixture=True), (*first, row), backward
+    def forward(*args):
+        """As a step has it, and with all options; the last one's statistics."""
+        plain = module.forward(*args[:-1], **norms, keep_mixture=False)
+        return module.forward(*args, **norms, keep_mixture=True)._replace(stream=plain.x)
+
+    return forward, (*first, row), backward
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def main(
     device = f"{len(devices)} x {devices[0].device_kind}"
     whole = {
         "rounds": rounds,
+        "updates": UPDATES,
         "implementation": implementation,
         "config": configs.to_flat(config),
         "arms": arms,

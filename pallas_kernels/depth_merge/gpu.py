@@ -9,11 +9,11 @@ registers over a program's rows, leave as [programs, D], and are added up outsid
 When `first` is set, the running sum (and `y`) moves no bytes: its ring holds zeros and the gate is closed.
 In-place operands are `jax.Ref`s.
 
-stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
+stats [4, tokens] fp32: the score, the reciprocal rms of p, score - lse, the reciprocal rms of h.
 
 Limits: D a multiple of 256 (four warps of 32 lanes, two columns each) whose 256-column chunks split
 evenly into at most 8 warpgroups of at most 14; one row of every operand fits the 223 KiB of shared memory;
-all wide operands bf16, or all fp32.
+all wide operands bf16, or all fp32. Above D = 8192 the backward spills (48 bytes a thread at 9216).
 """
 
 from itertools import product
@@ -24,7 +24,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_merge.gpu_row import F32, WARPS, Row, Tile
 from pallas_kernels.depth_merge.vjp import Forward
-from pallas_kernels.mosaic import KIBIBYTE, PROCESSOR_BYTES, PROCESSORS, SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import (
+    KIBIBYTE,
+    PROCESSOR_BYTES,
+    PROCESSORS,
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    run,
+    shaped,
+)
 
 CHUNK = 256  # columns, at least, of a warpgroup
 MAX_GROUPS, GOOD_CHUNKS, MAX_CHUNKS = 8, 9, 14  # chunks per warpgroup: for occupancy, and before spills
@@ -68,7 +76,7 @@ def _cut(D, itemsize, inputs, outputs, lanes, rows):
     for some, (depth, staged) in product(lanes, ((3, 2), (2, 2), (3, 1), (2, 1), (1, 1))):
         rings = inputs * _whole(some * depth * D * itemsize) + outputs * _whole(some * staged * D * itemsize)
         needed = rings + 2 * _whole(4 * D) + 3 * KIBIBYTE  # the parameters; the exchange and the barriers
-        programs = min(PROCESSOR_BYTES // (needed + KIBIBYTE), rows // some)
+        programs = min(PROCESSOR_BYTES // (needed + RESERVED_BYTES), rows // some)
         if needed <= SHARED_BYTES and programs:
             at_once = min(some * programs, ROWS)
             found.append(((depth > 1, at_once, -some, depth + staged), (some, depth, staged, programs)))
@@ -96,7 +104,7 @@ def _check(streams, **wide):
 def forward(
     w, scale, mixtures, lse, streams, at, j, first, y=None, *, eps, norm_eps, keep_mixture, interpret=None
 ):
-    """Read row j merged with row `at` of `streams`; see the contract in the README of this folder."""
+    """Read row j merged with row `at` of `streams`; see vjp.py."""
     _check(streams, mixtures=mixtures, y=y)
     keep, add = keep_mixture and scale is not None, y is not None
     tile = tile_of(streams, 2 + add, 1 + keep + add, resident=8, lanes=MAX_GROUPS)

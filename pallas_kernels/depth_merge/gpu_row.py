@@ -10,7 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 F32 = jnp.float32
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
-LANES_OWN = ("_ring", "_out", "exchange", "exchanged")  # what each row of a program has for itself
+LANES_OWN = {  # what each row of a program has for itself
+    *("o_ring", "p_ring", "y_ring", "dx_ring", "dp_ring", "dh_ring", "exchange", "exchanged"),
+    *("x_out", "h_out", "p_out", "do_out", "dp_out"),
+}
 
 
 class Tile(NamedTuple):
@@ -69,13 +72,18 @@ class Tile(NamedTuple):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.lanes * self.groups * self.depth)
 
 
+def _shares(over):
+    """Of the running sum and of the rest in a read; 1 - the first would cancel where it is near 1."""
+    return 1.0 / (1.0 + jnp.exp(-over)), 1.0 / (1.0 + jnp.exp(over))
+
+
 class Row:
     """One warpgroup inside a kernel: its columns, its walk over the rows, its sums over a whole row."""
 
     def __init__(self, refs, tile):
         self.tile, self.all = tile, lax.axis_index("group")
         self.lane, self.group = lax.div(self.all, tile.groups), lax.rem(self.all, tile.groups)
-        lanes = {k: ref.at[self.lane] for k, ref in vars(refs).items() if k.endswith(LANES_OWN)}
+        lanes = {k: ref.at[self.lane] for k, ref in vars(refs).items() if k in LANES_OWN}
         self.r = SimpleNamespace(**vars(refs) | lanes)
         self.start = lax.axis_index("program") * tile.lanes + self.lane
         self.stride = tile.programs * tile.lanes
@@ -170,13 +178,13 @@ class Row:
             slot, out = self.arrived(i), lax.rem(i, self.tile.staged)
             plgpu.wait_smem_to_gmem(self.tile.staged - 1, wait_read_only=True)
             p = self.summed(slot, out)
-            score, r_p, gate = self.gate(p, lse, eps, 0 if self.norm else lax.rem(i, 2))
+            score, r_p, over = self.score(p, lse, eps, 0 if self.norm else lax.rem(i, 2))
             o = self.load(r.o_ring.at[slot])
-            h = o + gate * (p - o)
+            h = o + _shares(over)[0] * (p - o)
             r_h = self.finish(h, out, norm_eps)
             plgpu.commit_smem()
             t = self.token(i)
-            self.store(t, out, (score, r_p, gate, r_h))
+            self.store(t, out, (score, r_p, over, r_h))
             self.fetch(i + self.tile.depth)
             return following
 
@@ -192,12 +200,12 @@ class Row:
         r.p_out.at[out][self.cols] = new
         return new.astype(F32)
 
-    def gate(self, p, lse, eps, exchange):
-        """Score and reciprocal rms of the running sum, and its share of the read."""
+    def score(self, p, lse, eps, exchange):
+        """Score and reciprocal rms of the running sum, and how far the score is above the rest's."""
         squares, dot = self.row_sums((p * p, p * self.load(self.r.w_row)), exchange)
         r_p = lax.rsqrt(squares * (1.0 / self.tile.D) + eps)
         score = dot * r_p
-        return score, r_p, jnp.where(self.first, 0.0, 1.0 / (1.0 + jnp.exp(lse - score)))
+        return score, r_p, jnp.where(self.first, -jnp.inf, score - lse)
 
     def finish(self, h, out, norm_eps):
         """Stage the normed read (and the mixture); returns the reciprocal rms."""
@@ -258,31 +266,32 @@ class Row:
         plgpu.wait_smem_to_gmem(0)
 
     def stats(self, i):
-        """Scalars of step i: score, reciprocal rms of p, gate, reciprocal rms of h."""
+        """Scalars of step i: score, reciprocal rms of p, score - lse, reciprocal rms of h."""
         return tuple(self.r.stats[m, self.token(i)] for m in range(4))
 
     def parts(self, slot, stats):
         """The row again: p, p - o, the normed h, and its cotangent before the scale."""
-        _, _, gate, r_h = stats
+        (gate, _), r_h = _shares(stats[2]), stats[3]
         p, o = self.load(self.r.p_ring.at[slot]), self.load(self.r.o_ring.at[slot])
         return p, p - o, (o + gate * (p - o)) * r_h, self.load(self.r.dx_ring.at[slot])
 
     def reductions(self, slot, stats, exchange):
         """Mean of (normed h) * (its cotangent), and the cotangent of the score."""
-        _, _, gate, r_h = stats
+        (gate, rest), r_h = _shares(stats[2]), stats[3]
         _, u, h, d = self.parts(slot, stats)
         q = d * self.load(self.r.scale_row) if self.norm else d
         direct = q + self.load(self.r.dh_ring.at[slot]) * (1.0 / r_h) if self.keep else q
         if not self.norm:
             (d_gate,) = self.row_sums((direct * u,), exchange)
-            return jnp.float32(0.0), gate * (1.0 - gate) * d_gate
+            return jnp.float32(0.0), gate * rest * d_gate
         hq, qu, hu = self.row_sums((h * q, direct * u, h * u), exchange)
         m1 = hq * (1.0 / self.tile.D)
-        return m1, gate * (1.0 - gate) * r_h * (qu - m1 * hu)
+        return m1, gate * rest * r_h * (qu - m1 * hu)
 
     def cotangents(self, slot, out, stats, m1, d_score):
         """Stage the cotangents of p and of row j; returns this row's share of dw and dscale."""
-        r, (score, r_p, gate, r_h) = self.r, stats
+        r, (score, r_p, over, r_h) = self.r, stats
+        gate, rest = _shares(over)
         p, _, h, d = self.parts(slot, stats)
         d_h = (d * self.load(r.scale_row) - h * m1) * r_h if self.norm else d
         if self.keep:
@@ -290,7 +299,7 @@ class Row:
         c = d_score * r_p
         own = gate * d_h + c * self.load(r.w_row) - (c * score * r_p * (1.0 / self.tile.D)) * p
         r.dp_out.at[out][self.cols] = (self.load(r.dp_ring.at[slot]) + own).astype(r.dp_out.dtype)
-        r.do_out.at[out][self.cols] = ((1.0 - gate) * d_h).astype(r.do_out.dtype)
+        r.do_out.at[out][self.cols] = (rest * d_h).astype(r.do_out.dtype)
         return (c * p, h * d) if self.norm else (c * p,)
 
     def send_cotangents(self, t, out, d_score):

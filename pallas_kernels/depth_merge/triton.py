@@ -3,7 +3,7 @@
 Any D up to 16384 (masked to the power of two above it; the backward spills above 4096), any number of
 tokens; bf16 or fp32. In-place operands are aliased. dw and dscale leave as [programs, D] and are added up
 outside: no atomics.
-stats [4, tokens] fp32: the score, the reciprocal rms of p, the gate, the reciprocal rms of h.
+stats [4, tokens] fp32: the score, the reciprocal rms of p, score - lse, the reciprocal rms of h.
 
 jax-triton 0.4 does not lower under JAX 0.12 and newer, where a call raises. Imports are made by the call.
 """
@@ -39,7 +39,7 @@ def _row(D):
 
 
 def forward(w, scale, mixtures, lse, streams, at, j, first, y=None, *, eps, norm_eps, keep_mixture):
-    """Read row j merged with row `at` of `streams`; see the contract in the README of this folder."""
+    """Read row j merged with row `at` of `streams`; see vjp.py."""
     _check(streams, mixtures=mixtures, y=y)
     _, tokens, D = streams.shape
     norm, add = scale is not None, y is not None

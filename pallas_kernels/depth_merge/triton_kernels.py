@@ -33,8 +33,8 @@ def forward(
         p = tl.load(streams + here, mask=seen, other=0.0).to(tl.float32)
     r_p = tl.rsqrt(tl.sum(p * p) / D + eps)
     score = tl.sum(p * tl.load(w + c, mask=m, other=0.0)) * r_p
-    gate = tl.where(summed, 1.0 / (1.0 + tl.exp(tl.load(lse + j * T + t) - score)), 0.0)
-    h = o + gate * (p - o)
+    over = tl.where(summed, score - tl.load(lse + j * T + t), -float("inf"))
+    h = o + (p - o) / (1.0 + tl.exp(-over))
     r_h = 1.0
     x = h
     if NORM:
@@ -45,7 +45,7 @@ def forward(
         tl.store(h_out + k, h.to(h_out.dtype.element_ty), mask=m)
     tl.store(stats + t, score)
     tl.store(stats + T + t, r_p)
-    tl.store(stats + 2 * T + t, gate)
+    tl.store(stats + 2 * T + t, over)
     tl.store(stats + 3 * T + t, r_h)
 
 
@@ -74,7 +74,8 @@ def backward(
         d = tl.load(d_x + k, mask=m, other=0.0).to(tl.float32)
         later = tl.load(d_stream + k, mask=seen, other=0.0).to(tl.float32)
         score, r_p = tl.load(stats + t), tl.load(stats + T + t)
-        gate, r_h = tl.load(stats + 2 * T + t), tl.load(stats + 3 * T + t)
+        over, r_h = tl.load(stats + 2 * T + t), tl.load(stats + 3 * T + t)
+        gate, rest = 1.0 / (1.0 + tl.exp(-over)), 1.0 / (1.0 + tl.exp(over))  # 1 - gate would cancel
         u = p - o
         d_mix = d
         if NORM:
@@ -84,12 +85,12 @@ def backward(
             dg_sum += h * d
         if KEEP:
             d_mix += tl.load(d_h + k, mask=m, other=0.0).to(tl.float32)
-        d_score = gate * (1.0 - gate) * tl.sum(d_mix * u)
+        d_score = gate * rest * tl.sum(d_mix * u)
         along = d_score * r_p
         wv = tl.load(w + c, mask=m, other=0.0)  # out of the cache: registers are scarcer
         own = gate * d_mix + along * wv - (along * score * r_p / D) * p
         tl.store(d_stream + k, (later + own).to(d_stream.dtype.element_ty), mask=seen)
-        tl.store(d_mixtures + row_j, ((1.0 - gate) * d_mix).to(d_mixtures.dtype.element_ty), mask=m)
+        tl.store(d_mixtures + row_j, (rest * d_mix).to(d_mixtures.dtype.element_ty), mask=m)
         tl.store(d_lse + j * T + t, -d_score)
         dw_sum += along * p
     tl.store(dw + start * D + c, dw_sum, mask=m)

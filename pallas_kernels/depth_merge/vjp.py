@@ -57,7 +57,7 @@ def _forward(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, norm_e
     _check(w, scale, mixtures, lse, stream, kept, y)
     options = {"eps": eps, "norm_eps": norm_eps, "keep_mixture": keep_mixture}
     run = sequential_vmap(functools.partial(_module(backend).forward, **options))
-    place = _place(stream, kept, at)
+    place = _place(backend, stream, kept, at)
     done = _rows(mixtures), lse.reshape(len(lse), -1)
     out = run(w, scale, *done, *place, j, first, None if y is None else _flat(y))
     x, mixture = (None if a is None else a.reshape(stream.shape) for a in (out.x, out.mixture))
@@ -72,7 +72,7 @@ def _backward(eps, norm_eps, keep_mixture, backend, saved, cotangents):
     (w, scale, mixtures, lse, stream, kept, at, j, first, stats), alone = saved
     d_x, d_mixture, d_stream, d_mixtures, d_lse = cotangents
     run = sequential_vmap(functools.partial(_module(backend).backward, eps=eps, norm_eps=norm_eps))
-    place = _place(stream, kept, at)
+    place = _place(backend, stream, kept, at)
     d_mixture = None if d_mixture is None else _flat(d_mixture)
     d_w, d_scale, d_p, d_o, d_l = run(
         *(w, scale, _rows(mixtures), lse.reshape(len(lse), -1), *place, j, first, stats),
@@ -104,14 +104,14 @@ def _check(w, scale, mixtures, lse, stream, kept, y):
         )
 
 
-def _place(stream, kept, at):
+def _place(backend, stream, kept, at):
     """Where a backend finds the sum: row `at` of an array."""
     if kept is None:
         return _flat(stream)[None], jnp.int32(0)
     rows = _rows(kept)
-    if rows.shape[1] % LANES == 0:  # else the TPU's kernel pads, which would copy all that is kept
-        return rows, at
-    return jax.lax.dynamic_slice_in_dim(rows, at, 1), jnp.int32(0)
+    if backend == "tpu" and rows.shape[1] % LANES:  # the kernel pads, which would copy all that is kept
+        return jax.lax.dynamic_slice_in_dim(rows, at, 1), jnp.int32(0)
+    return rows, at
 
 
 def _rows(a):

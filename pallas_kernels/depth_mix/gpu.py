@@ -82,7 +82,7 @@ def _whole(a):
 
 
 def forward(w, sources, counts, *, eps, interpret=None):
-    """Mixture and lse of every query; see the contract in the README of this folder."""
+    """Mixture and lse of every query; see vjp.py."""
     shape = _shape(w, sources)
     if _single(shape):
         return gpu_single.forward(w, sources, counts, eps=eps, interpret=interpret)

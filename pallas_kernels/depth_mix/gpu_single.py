@@ -24,14 +24,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.depth_mix.gpu_tiles import BF16, COLUMNS, F32, named
 from pallas_kernels.depth_mix.gpu_token import LANES, WARPS, Single, Tile
 from pallas_kernels.depth_mix.vjp import Forward
-from pallas_kernels.mosaic import SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import KIBIBYTE, PROCESSOR_BYTES, RESERVED_BYTES, run, shaped
 
 BARRIERS, REGISTERS = 32, 65536  # of one scratch, at most; of a processor
 WIDEST = 32  # columns of a thread: w, dO and dw of more would spill
 
 
 def tile_of(tokens, D, R, *, backward, given=False):
-    """The tile of one direction, or None where a token's rows do not fit shared memory.
+    """The tile of one direction, or None where a token's rows fit no shared memory, registers or barriers.
 
     Programs of a processor hide each other's latencies: as many as leave rows of a next token in flight. A
     lone program has warpgroups for that.
@@ -44,7 +44,9 @@ def tile_of(tokens, D, R, *, backward, given=False):
         threads = groups * WARPS * LANES
         if resident * threads * _registers(D // threads, together, backward) > REGISTERS:
             continue
-        rows = (SHARED_BYTES // resident - 2048 - 2048 * groups) // (2 * D) - (not backward)  # one is staged
+        rest = RESERVED_BYTES + (3 + 2 * groups) * KIBIBYTE  # exchange, numbers, barriers
+        rest += 3 * (2 * D % KIBIBYTE)  # each of the rows' buffers is rounded up
+        rows = (PROCESSOR_BYTES // resident - rest) // (2 * D) - (not backward)  # one is staged
         spare, most = rows - needed, BARRIERS // groups
         others = min(R, most, max(2, spare // 2)) if given else 0
         if spare >= others and (resident == 1 or spare >= (4 if given else 2)):
@@ -68,7 +70,7 @@ def fits(D, R):
 
 
 def forward(w, sources, counts, *, eps, interpret=None):
-    """Mixture and lse of the query [1, D]; see the contract in the README of this folder."""
+    """Mixture and lse of the query [1, D]; see vjp.py."""
     _, tokens, D = sources[0].shape
     tile = tile_of(tokens, D, sum(map(len, sources)), backward=False)
     rows, full = tile.ring(tile.slots)
@@ -90,7 +92,6 @@ def forward(w, sources, counts, *, eps, interpret=None):
         groups=tile.groups,
         name="depth_mix_single_forward",
         interpret=interpret,
-        synced=tile.synced,
     )
     return Forward(out.mixture.reshape(1, tokens, D), out.lse[None], out.stats)
 
@@ -126,7 +127,6 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, int
         groups=tile.groups,
         name="depth_mix_single_backward",
         interpret=interpret,
-        synced=tile.synced,
     )
     results = [ref[...] for ref in refs] if given else [getattr(out, name) for name in names]
     results = tuple(d.reshape(v.shape) for d, v in zip(results, sources, strict=True))

@@ -22,8 +22,7 @@ BY_LANE = PARTS.reduce(1)  # [rows]
 class Tile(NamedTuple):
     """How a call is cut: warpgroups of a program, slots of its rings, programs that share a processor.
 
-    `together` rows are summed or mixed in one step, so that one waits while another is added up. `synced` is
-    Mosaic's own barrier before and after every store; the kernels place those that they need themselves.
+    `together` rows are summed or mixed in one step, so that one waits while another is added up.
     """
 
     tokens: int
@@ -33,7 +32,6 @@ class Tile(NamedTuple):
     given_slots: int
     resident: int
     together: int
-    synced: bool = True
 
     @property
     def programs(self):

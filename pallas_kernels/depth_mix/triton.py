@@ -97,7 +97,7 @@ def _ten(arrays):
 
 
 def forward(w, sources, counts, *, eps):
-    """Mixture and lse of every query; see the contract in the README of this folder."""
+    """Mixture and lse of every query; see vjp.py."""
     sizes = _constants(w, sources)
     _, tokens, D = sources[0].shape
     R, S = sizes["R"], sizes["S"]
