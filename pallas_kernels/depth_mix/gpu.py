@@ -1,8 +1,8 @@
 """Phase 1 in Pallas Mosaic GPU (Hopper: WGMMA): S queries at once over R sources, and its backward.
 
 One query (S = 1) has kernels of its own (gpu_single.py), which read each row once in each direction, where a
-token's R rows fit shared memory and its D eight warpgroups of 4096 columns: R = 16 up to D = 4096, 14 at
-5120, 11 at 7168, 9 at 8192. They pad no token. All else runs in the four kernels below.
+token's R rows fit shared memory and its D the registers: R = 16 up to D = 4096, 14 at 5120, 11 at 7168, 9 at
+8192, none above. They pad no token. All else runs in the four kernels below.
 
 Four kernels, all of them streams over D in chunks, so that no whole row must fit shared memory:
 
