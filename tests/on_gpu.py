@@ -22,20 +22,20 @@ LARGE_MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
     (513, 4096, 3, BF16, True, False, 0, True, False),
     (1023, 4096, 3, BF16, True, False, 1, False, False),
 ]
-LARGE_MIX = [  # S, rows of each array, visible of them, tokens, D, given
-    (17, [9], [None], 1023, 2048, True),
-    (12, [9], [7], 513, 7168, True),
-    (6, [1, 1, 6], [None, None, 4], 1023, 2304, False),
-    (1, [9], [None], 1023, 4096, False),
-    (1, [9], [None], 1023, 2048, False),
+LARGE_MIX = [  # S, rows of each array, visible of them, tokens, D, given; first those that no GPU has run
     (1, [1, 1, 8], [None, None, 7], 2047, 2048, True),
-    (1, [9], [None], 1023, 2304, True),
     (1, [1, 8], [None, 7], 1023, 4096, True),
-    (1, [9], [None], 513, 7168, True),
     (1, [9], [None], 513, 7168, False),
-    (1, [16], [None], 259, 4096, True),
+    (6, [1, 1, 6], [None, None, 4], 1023, 2304, False),
     (1, [16], [None], 67, 7168, True),
     (16, [16], [None], 259, 1024, True),
+    (12, [9], [7], 513, 7168, True),
+    (17, [9], [None], 1023, 2048, True),
+    (1, [9], [None], 1023, 4096, False),
+    (1, [9], [None], 1023, 2048, False),
+    (1, [9], [None], 1023, 2304, True),
+    (1, [9], [None], 513, 7168, True),
+    (1, [16], [None], 259, 4096, True),
 ]
 TRITON_ONLY = [(3, [4], [3], 63, 1000, True), (2, [2], [None], 8191, 960, False)]
 
