@@ -367,6 +367,13 @@ def test_weights_that_are_no_shares_have_their_own_scale():
     assert {"0", "2"} <= {label.get_text() for label in panels[-1].get_yticklabels()}
 
 
+@pytest.mark.parametrize("high", [1.0, 1.2, 1.8, 2.0, 3.3, 12.7])
+def test_ticks_of_a_scale_do_not_crowd(high):
+    """The least distance between two, as a share of the bar; at 1.8 two were 0.9 and 1 once."""
+    norm = figures.PowerNorm(0.5, 0, high)
+    assert np.diff(norm(figures._tick_values(norm))).min() > 0.1
+
+
 def test_weights_of_a_run_that_diverged_are_blank():
     """All NaN: no colour but that of what is no source, on the scale of shares."""
     panels = figures.weight_heatmap(np.full((3, 3), np.nan), "am", BlockSchedule(2, 1)).axes

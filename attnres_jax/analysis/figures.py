@@ -193,7 +193,7 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
 def _tick_values(norm):
     """TICKS as far as the scale goes, both ways if it does."""
     low, high = norm.vmin or 0.0, norm.vmax or 1.0
-    ticks = TICKS if high == 1 else [float(f"{tick * high:.1g}") for tick in TICKS]
+    ticks = TICKS if high == 1 else [float(f"{tick * high:.2g}") for tick in TICKS]
     return sorted({sign * tick for sign in (1, -1) for tick in ticks if low <= sign * tick <= high})
 
 
