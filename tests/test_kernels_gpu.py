@@ -6,6 +6,7 @@ Mosaic GPU runs in the interpreter that looks for races, Triton in its own.
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -305,7 +306,7 @@ def test_mosaic_single_read(groups, together, lengths, counts, tokens, D, given,
     def tight(tokens, D, R, *, backward, given=False):
         tile = tile_of(tokens, D, R, backward=backward, given=given)
         others = {"given_slots": min(2, tile.given_slots), "resident": 2, "together": together}
-        return tile._replace(groups=groups, slots=R + 1 + backward, **others)
+        return replace(tile, groups=groups, slots=R + 1 + backward, **others)
 
     monkeypatch.setattr(gpu_single, "tile_of", tight)
     check_mix(mix_gpu, 1, lengths, counts, tokens, D, BF16, given, interpret=RACES)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.depth_merge.gpu_row import F32, WARPS, Row, Tile
+from pallas_kernels.depth_merge.gpu_row import F32, Row, Tile
 from pallas_kernels.depth_merge.vjp import Forward
 from pallas_kernels.mosaic import (
     KIBIBYTE,
@@ -30,8 +30,10 @@ from pallas_kernels.mosaic import (
     PROCESSORS,
     RESERVED_BYTES,
     SHARED_BYTES,
+    WARPS,
     run,
     shaped,
+    up,
 )
 
 CHUNK = 256  # columns, at least, of a warpgroup
@@ -74,8 +76,11 @@ def _cut(D, itemsize, inputs, outputs, lanes, rows):
     which share the parameters in lanes only; then as deep as shared memory allows."""
     found = []
     for some, (depth, staged) in product(lanes, ((3, 2), (2, 2), (3, 1), (2, 1), (1, 1))):
-        rings = inputs * _whole(some * depth * D * itemsize) + outputs * _whole(some * staged * D * itemsize)
-        needed = rings + 2 * _whole(4 * D) + 3 * KIBIBYTE  # the parameters; the exchange and the barriers
+        ring, staging, parameter = (
+            up(size, KIBIBYTE) for size in (some * depth * D * itemsize, some * staged * D * itemsize, 4 * D)
+        )
+        # The last: exchange and barriers.
+        needed = inputs * ring + outputs * staging + 2 * parameter + 3 * KIBIBYTE
         programs = min(PROCESSOR_BYTES // (needed + RESERVED_BYTES), rows // some)
         if needed <= SHARED_BYTES and programs:
             at_once = min(some * programs, ROWS)
@@ -86,11 +91,6 @@ def _cut(D, itemsize, inputs, outputs, lanes, rows):
             f"exceeds {SHARED_BYTES} bytes of shared memory; use triton"
         )
     return max(found)[1]
-
-
-def _whole(size):
-    """Of a buffer in shared memory."""
-    return -(-size // KIBIBYTE) * KIBIBYTE
 
 
 def _check(streams, **wide):

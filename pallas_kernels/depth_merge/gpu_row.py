@@ -1,22 +1,24 @@
 """The kernels of Phase 2 in Mosaic GPU, as one warpgroup sees them; see gpu.py."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import LANES, WARPS, SharedRow
+
 F32 = jnp.float32
-WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 LANES_OWN = {  # what each row of a program has for itself
     *("o_ring", "p_ring", "y_ring", "dx_ring", "dp_ring", "dh_ring", "exchange", "exchanged"),
     *("x_out", "h_out", "p_out", "do_out", "dp_out"),
 }
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile(SharedRow):
     """How a row is cut: warpgroups; and rows of a program at a time, slots of a ring and of the staging,
     programs at most."""
 
@@ -34,34 +36,9 @@ class Tile(NamedTuple):
         return next(v for v in (8, 4, 2) if self.D // self.groups % (WARPS * LANES * v) == 0)
 
     @property
-    def folded(self):
-        """A row as [chunks, warps, columns of a warp]."""
-        columns = LANES * self.vector
-        return self.D // (WARPS * columns), WARPS, columns
-
-    def fold(self, a):
-        """[..., D] as `folded`."""
-        return a.reshape(*a.shape[:-1], *self.folded)
-
-    @property
-    def part(self):
-        """What one warpgroup has of `folded`."""
-        chunks, *rest = self.folded
-        return chunks // self.groups, *rest
-
-    @property
     def programs(self):
         """Size of the grid."""
         return min(self.most, -(-self.tokens // self.lanes))
-
-    @property
-    def layout(self):
-        """Registers of one warpgroup's columns, so that sums need no other warp.
-
-        A sum over warps would go through a scratch that JAX gives to all warpgroups at once.
-        """
-        tiling = plgpu.Tiling(((WARPS, LANES * self.vector), (self.vector,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
     def ring(self, slots, dtype):
         """Shared memory for `slots` rows of each lane."""

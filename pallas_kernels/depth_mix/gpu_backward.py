@@ -21,11 +21,10 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     fetch_rows,
     named,
     tiled,
-    up,
     zero,
     zero_arrivals,
 )
-from pallas_kernels.mosaic import KIBIBYTE, PROCESSORS, SHARED_BYTES, run, shaped
+from pallas_kernels.mosaic import KIBIBYTE, PROCESSORS, SHARED_BYTES, run, shaped, up
 
 
 def _fetch_cotangents(r, shape, at, slot, tokens, cols):

@@ -18,11 +18,10 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     fetch_rows,
     named,
     tiled,
-    up,
     zero,
     zero_arrivals,
 )
-from pallas_kernels.mosaic import run, shaped
+from pallas_kernels.mosaic import run, shaped, up
 
 
 def score(shape, w, sources, counts, eps, interpret):

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_mix.gpu_tiles import BF16, COLUMNS, F32, named
-from pallas_kernels.depth_mix.gpu_token import LANES, WARPS, Single, Tile
+from pallas_kernels.depth_mix.gpu_token import Single, Tile
 from pallas_kernels.depth_mix.vjp import Forward
-from pallas_kernels.mosaic import KIBIBYTE, PROCESSOR_BYTES, RESERVED_BYTES, run, shaped
+from pallas_kernels.mosaic import KIBIBYTE, LANES, PROCESSOR_BYTES, RESERVED_BYTES, WARPS, run, shaped
 
 BARRIERS, REGISTERS = 32, 65536  # of one scratch, at most; of a processor
 WIDEST = 32  # columns of a thread: w, dO and dw of more would spill

@@ -55,11 +55,6 @@ def tiled(*shape, inner):
     return plgpu.SMEM(shape, BF16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def up(a, b):
-    """`a` rounded up to a multiple of `b`."""
-    return -(-a // b) * b
-
-
 class Sources:
     """The rows of all arrays inside a kernel, and which of them are visible."""
 

@@ -1,7 +1,7 @@
 """The kernels of a single read in Mosaic GPU, as one warpgroup sees them; see gpu_single.py."""
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,9 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_mix.gpu_tiles import BF16, F32
-from pallas_kernels.mosaic import PROCESSORS
+from pallas_kernels.mosaic import LANES, PROCESSORS, WARPS, SharedRow
 
-WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 # [rows, warps]: of each row, in one lane, a number from each warp; the same in all warps.
 PARTS = plgpu.Layout.TILED(
     plgpu.Tiling(((WARPS, LANES, WARPS),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
@@ -19,7 +18,8 @@ PARTS = plgpu.Layout.TILED(
 BY_LANE = PARTS.reduce(1)  # [rows]
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile(SharedRow):
     """How a call is cut: warpgroups of a program, slots of its rings, programs that share a processor.
 
     `together` rows are summed or mixed in one step, so that one waits while another is added up.
@@ -42,28 +42,6 @@ class Tile(NamedTuple):
     def vector(self):
         """Columns of one access of a lane; of eight, more of the sum would be left to add up in the end."""
         return next(v for v in (4, 2) if self.D // self.groups % (WARPS * LANES * v) == 0)
-
-    @property
-    def folded(self):
-        """A row as [chunks, warps, columns of a warp]."""
-        columns = LANES * self.vector
-        return self.D // (WARPS * columns), WARPS, columns
-
-    @property
-    def part(self):
-        """What one warpgroup has of `folded`."""
-        chunks, *rest = self.folded
-        return chunks // self.groups, *rest
-
-    @property
-    def layout(self):
-        """Registers of one warpgroup's columns, so that sums over columns need no other warp."""
-        tiling = plgpu.Tiling(((WARPS, LANES * self.vector), (self.vector,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-
-    def fold(self, a):
-        """[..., D] as `folded`."""
-        return a.reshape(*a.shape[:-1], *self.folded)
 
     def ring(self, slots):
         """Shared memory for `slots` rows, and a barrier for each warpgroup and slot."""
