@@ -44,6 +44,7 @@ test-slow: $(READY) $(LIBTPU)/.ready
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) -m slow tests/test_pipeline.py -k "is_the_model or composes"
 
 # Hours on two cores; goes on where it was stopped.
 pipeline-proof: $(READY)

@@ -9,6 +9,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -110,8 +111,10 @@ def _eval_arguments(parser):
 
 
 def _eval(args):
+    from attnres_jax.parallel import processes
     from attnres_jax.train import evaluate
 
+    processes.join()
     evaluate.main(args.workdir, args.step)
 
 
@@ -129,15 +132,19 @@ def _sample(args):
     import jax
 
     from attnres_jax.models.sample import CannotSample, sample
-    from attnres_jax.train.checkpoint import load_run
-    from attnres_jax.train.data import open_corpus
+    from attnres_jax.parallel import processes
+    from attnres_jax.train.restored import restore
 
-    run, key = load_run(args.workdir, args.step), jax.random.key(args.seed)
-    tokenizer, window = open_corpus(run.config.data.corpus).tokenizer, run.config.data.length
+    processes.join()
+    of, key = restore(args.workdir, args.step), jax.random.key(args.seed)
+    logits, tokenizer = partial(of.run.logits, of.params), of.corpus.tokenizer
+    over, window = of.run.model.vocab, of.config.data.length
     try:
-        print(sample(run.model, tokenizer, args.prompt, args.length, key, args.temperature, window))
+        text = sample(logits, over, tokenizer, args.prompt, args.length, key, args.temperature, window)
     except CannotSample as error:
         raise UsageError(str(error)) from None
+    if processes.first():
+        print(text)
 
 
 def _compare_arguments(parser):

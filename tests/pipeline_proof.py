@@ -75,8 +75,8 @@ Units ([B,T,D] of a microbatch) in one direction; the other way is the same. *Na
 at every hop, *paper* is its formula for cross-stage caching, P (P-1) / 2 N_p + (V-1) P^2 N_p, *needed* what
 each receiver lacks, which is what the hops carry. Where N_p < 1 the formula leaves out the running sums of
 open blocks. Messages have one static size, so that a microbatch moves C x (units per hop), *sent*; its excess
-over *needed* lies in the first round and behind the last chunk. Peaks are units of the longest hop; measured:
-per hop in the compiled HLO, forward / backward.
+over *needed* lies in the first round and behind the last chunk. Peaks are units of the longest hop
+(the paper's: P N_p, or (P-1) N_p where V = 1); measured: per hop in the compiled HLO, forward / backward.
 
 {rows}
 """
@@ -241,14 +241,21 @@ def bytes_table(rows):
     ]
     for cell in (Cell(*at) for at in BYTES):
         found, cache, row = sent(cell.chunks), cell.chunks.cache, rows.get(cell)
+        hops = cell.stages - (cell.virtual == 1)  # the paper's longest: in one round it is of P - 1 chunks
         values = [
             *(*cell, found.naive, f"{found.cached:g}", found.needed),
             *(cell.count * (cache.conveyor + cache.written), max(cell.chunks.begun[1:-1])),
-            *(f"{float(cell.stages * Fraction(cell.per_chunk)):g}", found.longest),
+            *(f"{float(hops * Fraction(cell.per_chunk)):g}", found.longest),
             f"{row['forward']:g} / {row['backward']:g}" if row else "-",
         ]
         lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join(lines)
+
+
+def kept(file: Path) -> dict:
+    """The rows of a file, by cell."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {Cell(*key(row)): row for row in lines}
 
 
 def main():
@@ -258,8 +265,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "proof.jsonl"
-    kept = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    rows = {Cell(*key(row)): row for row in kept}
+    rows = kept(file)
     for cell in grid():
         if cell.impossible or cell in rows or cell.blocks > args.most_blocks:
             continue

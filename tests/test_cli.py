@@ -17,7 +17,7 @@ from attnres_jax.analysis import inspect
 from attnres_jax.configs.base import KEYS
 from attnres_jax.models import sample
 from attnres_jax.models.tokenizer import Bytes
-from attnres_jax.train import checkpoint, data, evaluate, loop, runs, together, workdir
+from attnres_jax.train import data, evaluate, loop, restored, runs, together, workdir
 
 COMMANDS = ("train", "eval", "sample", "compare", "sweep", "scaling", "inspect", "compile", "data", "bench")
 
@@ -106,14 +106,17 @@ def test_eval(called):
 
 def test_sample(called, capsys, quick_run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load = called(checkpoint, "load_run", quick_run)
+    model, corpus = SimpleNamespace(vocab=256), data.open_corpus("austen")
+    of = SimpleNamespace(logits=lambda *args: args, model=model)
+    load = called(restored, "restore", restored.Restored(quick_run.config, corpus, of, "params", 7))
     draw = called(sample, "sample", "It was.")
     words = ["--prompt=It", "--length=5", "--seed=3", "--temperature=0.5"]
     assert __main__.main(["sample", "--workdir=a", *words]) == 0
     assert load.call_args.args == (Path("a"), None)
-    model, tokenizer, prompt, length, key, temperature, window = draw.call_args.args
+    logits, vocab, tokenizer, prompt, length, key, temperature, window = draw.call_args.args
+    assert logits("tokens", 3) == ("params", "tokens", 3)
     assert tokenizer == Bytes(end=None)
-    assert (model, prompt, length) == (quick_run.model, "It", 5)
+    assert (vocab, prompt, length) == (256, "It", 5)
     assert (temperature, window) == (0.5, 128)
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(3)))
     assert capsys.readouterr().out == "It was.\n"

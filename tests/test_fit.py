@@ -390,10 +390,11 @@ def test_a_small_step_end_to_end(tmp_path, more):
 @needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
-def test_permutes_of_a_pipeline_run_beside_compute(tmp_path):
-    """On v5p, where they are asynchronous: blocks and their cotangents travel while a chunk runs. What left
-    before the chunk has much of the first ticks, what the chunk made little: it waits for the chunk."""
-    more = ["--topology=v5p:2x2x1", "--config.mesh.stage=4", "--config.train.virtual_stages=2"]
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_permutes_of_a_pipeline_run_beside_compute(tmp_path, topology):
+    """They are asynchronous: blocks and their cotangents travel while a chunk runs. What left before the
+    chunk has much of the first ticks, what the chunk made little: it waits for the chunk."""
+    more = [f"--topology={topology}", "--config.mesh.stage=4", "--config.train.virtual_stages=2"]
     more += ["--config.model.blocks=16", "--config.train.accumulation=8", f"--out={tmp_path / 'r.json'}"]
     code, said, error = compile_it(*more, "--config.mesh.fsdp=1", "--config.data.batch=512")
     assert code == 0, error
@@ -401,6 +402,7 @@ def test_permutes_of_a_pipeline_run_beside_compute(tmp_path):
     (permutes,) = (c for c in block["collectives"] if c["kind"] == "collective-permute")
     assert permutes["exposed"] == 0
     assert permutes["needed"] > 0
+    assert {name.split(".")[0] for name in block["kernels"]} >= {"depth_mix_forward", "depth_merge_backward"}
     # Forward alone 7 ticks, both 12, backward alone 7: two blocks early, one fresh, three back.
     unit = 16 * 1024 * 128 * 2
     sent = [(m["times"], m["received"] / unit) for m in block["messages"]]

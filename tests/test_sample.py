@@ -13,7 +13,8 @@ import pytest
 import toys
 from flax import nnx
 
-from attnres_jax.models.sample import CannotSample, sample
+from attnres_jax.models import sample as sampling
+from attnres_jax.models.sample import CannotSample
 from attnres_jax.models.tokenizer import BPE, Bytes, train_bpe
 from attnres_jax.models.transformer import ModelConfig, abstract
 
@@ -61,14 +62,19 @@ def automaton(follows: dict[int, int], vocab=256):
     return model
 
 
+def sample(model, *args):
+    graph, params = nnx.split(model)
+    return sampling.sample(partial(after, graph, params), model.config.vocab, *args)
+
+
 def seen_by(model, tokens):
     """The logits after the last of `tokens`, which stand alone: no padding."""
-    return np.asarray(last(*nnx.split(model), jnp.asarray([tokens], "int32")), np.float64)
+    return np.asarray(after(*nnx.split(model), jnp.asarray(tokens, "int32"), -1), np.float64)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=toys.QUICK)
-def last(graph, params, tokens):
-    return nnx.merge(graph, params)(tokens).logits[0, -1]
+def after(graph, params, tokens, at):
+    return nnx.merge(graph, params)(tokens[None]).logits[0, at]
 
 
 # What the model is shown ------------------------------------------------------------------------

@@ -1,15 +1,13 @@
 """Continue a text, token by token. The whole window is computed anew for each token."""
 
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from attnres_jax.models.tokenizer import Tokenizer
-from attnres_jax.models.transformer import Transformer
 
 
 class CannotSample(ValueError):
@@ -17,7 +15,8 @@ class CannotSample(ValueError):
 
 
 def sample(
-    model: Transformer,
+    logits: Callable[[Int[np.ndarray, " window"], int], Float[Array, " V"]],
+    vocab: int,
     tokenizer: Tokenizer | None,
     prompt: str,
     length: int,
@@ -28,7 +27,8 @@ def sample(
     """`prompt` and `length` more tokens of text, fewer where the model ends the document.
 
     Args:
-      model: over the tokens of `tokenizer`.
+      logits: `logits(tokens, at)` of the model, after the token at position `at`; it sees none behind it.
+      vocab: how many token values the model has.
       tokenizer: of the corpus; None says that its tokens are no text.
       key: of the draws; the same key gives the same text.
       temperature: 0 takes the likeliest token, 1 draws as the model says.
@@ -39,28 +39,25 @@ def sample(
     """
     if tokenizer is None:
         raise CannotSample("the corpus of this model has no tokenizer: its tokens are no text")
-    if model.config.vocab != tokenizer.vocab:
-        values = f"{model.config.vocab} token values, its corpus now {tokenizer.vocab}"
+    if vocab != tokenizer.vocab:
+        values = f"{vocab} token values, its corpus now {tokenizer.vocab}"
         raise CannotSample(f"this model has {values}: put the corpus back that it was trained on")
     text = tokenizer.encode(prompt).tolist()
     if not text:
         raise CannotSample("the prompt is empty: give at least one character to continue")
-    graph, params = nnx.split(model)
-
     for step in range(length):
         seen = text[-window:]
         tokens = np.zeros(window, np.int32)
         tokens[: len(seen)] = seen  # what stands behind the last token is not seen by it
         step_key = jax.random.fold_in(key, step)
-        drawn = int(_draw(graph, params, tokens, len(seen) - 1, step_key, temperature))
+        drawn = int(_draw(np.asarray(logits(tokens, len(seen) - 1)), step_key, temperature))
         if drawn == tokenizer.end:
             break
         text.append(drawn)
     return tokenizer.decode(np.array(text))
 
 
-@partial(jax.jit, static_argnums=0)
-def _draw(graph, params, tokens, last, key, temperature):
-    logits = nnx.merge(graph, params)(tokens[None]).logits[0, last]
+@jax.jit
+def _draw(logits, key, temperature):
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-9))
     return jnp.where(temperature == 0, jnp.argmax(logits), drawn)

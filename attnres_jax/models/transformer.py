@@ -202,7 +202,7 @@ def first_values(
     return value(placement.enter(read.x) if placement else read.x)
 
 
-def logits(h: Float[Array, "B T D"], w: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+def logits(h: Float[Array, "*tokens D"], w: Float[Array, "D V"]) -> Float[Array, "*tokens V"]:
     """Of the columns `w` of the unembedding: products in the activations' dtype, sums in at least fp32."""
     return jnp.matmul(h, w.astype(h.dtype), preferred_element_type=compute_dtype(h.dtype))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -102,6 +103,12 @@ def from_rows(
         return made(first, last)
 
     return jax.make_array_from_callback(shape, place, local)
+
+
+def repeated(text: jax.Array, mesh: Mesh, count: int = 1) -> jax.Array:
+    """One text [T] as a batch [B,T] that lies as tokens do, `count` times on each part of it."""
+    rows = count * math.prod(mesh.shape[axis] for axis in BATCH)
+    return jax.lax.with_sharding_constraint(jnp.broadcast_to(text, (rows, len(text))), tokens(mesh))
 
 
 def microbatches(batch: jax.Array, count: int) -> jax.Array:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,16 +106,32 @@ def load_run(folder: Path, step: int | None = None) -> LoadedRun:
     """The model of a run after `step` updates (None: the newest); `RunError` where there is none."""
     config = workdir.load_config(folder)
     model = configs.model_config(config, open_corpus(config.data.corpus).vocab)
-    saved = folder.absolute() / workdir.CHECKPOINTS
-    step = _choose(folder, step, _steps(saved))
+    step = choose(folder, step)
+    params = parameters(folder, step, _on_first_device(state.shapes(model)))
+    return LoadedRun(config, state.merge(model, params), step)
+
+
+def choose(folder: Path, step: int | None) -> int:
+    """`step`, or the newest; `RunError` where a run has no such checkpoint, or a damaged one."""
+    saved = folder / workdir.CHECKPOINTS
+    steps = _steps(saved)
+    if not steps:
+        raise workdir.RunError(f"{folder} has no checkpoint yet: the same train command continues it")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, sorted(steps)))
+        raise workdir.RunError(f"{folder} has no checkpoint of step {step}; there are: {there}")
+    step = max(steps) if step is None else step
     if damage := checksums.damage(saved / str(step)):
         raise workdir.RunError(
             f"the checkpoint of step {step} in {folder} is damaged ({damage}): name another with --step"
         )
-    like = _on_first_device(state.shapes(model))
+    return step
+
+
+def parameters(folder: Path, step: int, like: Any) -> Any:
+    """Those of a checkpoint that is there, of the shapes and on the devices of `like`."""
     with ocp.StandardCheckpointer() as reader:
-        params = reader.restore(saved / str(step) / "params", like)
-    return LoadedRun(config, state.merge(model, params), step)
+        return reader.restore(folder.absolute() / workdir.CHECKPOINTS / str(step) / "params", like)
 
 
 def _put_damaged_aside(folder: Path) -> None:
@@ -157,12 +173,3 @@ def _unwritten(folder, error):
         f"a checkpoint could not be written ({why}); {last}. "
         f"Make room for {folder}: the same command goes on from there"
     )
-
-
-def _choose(folder: Path, step: int | None, steps: Sequence[int]) -> int:
-    if not steps:
-        raise workdir.RunError(f"{folder} has no checkpoint yet: the same train command continues it")
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, sorted(steps)))
-        raise workdir.RunError(f"{folder} has no checkpoint of step {step}; there are: {there}")
-    return max(steps) if step is None else step

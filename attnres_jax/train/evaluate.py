@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 
 from attnres_jax.configs import Config
-from attnres_jax.parallel.mesh import from_rows, make_mesh, whole
-from attnres_jax.train import checkpoint, workdir
-from attnres_jax.train.data import Corpus, Windows, heldout_windows, open_corpus
-from attnres_jax.train.loss import configured, document_end
-from attnres_jax.train.step import position_nats
+from attnres_jax.parallel import processes
+from attnres_jax.parallel.mesh import from_rows
+from attnres_jax.train import workdir
+from attnres_jax.train.data import Corpus, Windows, heldout_windows
+from attnres_jax.train.loss import document_end
+from attnres_jax.train.restored import restore
 
 
 class Evaluation(NamedTuple):
@@ -67,18 +67,18 @@ def heldout(
 
 
 def main(folder: Path, step: int | None) -> None:
-    """Evaluate a run on the whole held-out text; print, and write eval-STEP.json into its folder."""
-    run = checkpoint.load_run(folder, step)
-    corpus = open_corpus(run.config.data.corpus)
-    place = whole(make_mesh({"data": 1}, jax.local_devices()[:1]))
-    nats = jax.jit(partial(position_nats, configured(run.config, corpus.vocab, corpus.end)))
-    found = heldout(partial(nats, run.model), run.config, corpus, 0, place)
-    path = folder / f"eval-{run.step}.json"
-    workdir.write_json(path, {"step": run.step} | found._asdict())
+    """Evaluate a run on the whole held-out text, on its mesh (`restored`); print, and write eval-STEP.json
+    into its folder."""
+    of = restore(folder, step)
+    found = heldout(partial(of.run.nats, of.params), of.config, of.corpus, 0, of.run.place)
+    if not processes.first():
+        return
+    path = folder / f"eval-{of.step}.json"
+    workdir.write_json(path, {"step": of.step} | found._asdict())
     console = Console(highlight=False)
     console.print(
-        f"{folder.name} after {run.step:,} updates, {found.tokens:,} held-out tokens of "
-        f"{corpus.source}: {found.bits_per_byte:.4f} bits/byte, perplexity {found.perplexity:.3f}",
+        f"{folder.name} after {of.step:,} updates, {found.tokens:,} held-out tokens of "
+        f"{of.corpus.source}: {found.bits_per_byte:.4f} bits/byte, perplexity {found.perplexity:.3f}",
         markup=False,
     )
     console.print(_by_position(found.position_bits))

@@ -98,6 +98,25 @@ class Pipelined:
 
         return self.pipeline(model=self._model(head)).forward(self._parts(params), batch)
 
+    def logits(self, params: Any, text: Int[Array, " T"], at: Int[Array, ""]) -> Float[Array, " V"]:
+        """Of the token after position `at` of one text, which sees none behind it.
+
+        The text fills a batch, of which the first row counts."""
+        count = self.config.train.accumulation
+        tokens = meshes.repeated(jnp.append(text, 0), self.place.mesh, count)
+        batch = {"tokens": tokens, "counts": jnp.arange(len(tokens)) == 0}
+        batch = {name: self._microbatches(value) for name, value in batch.items()}
+        batch["at"] = jnp.broadcast_to(at, count)
+
+        def head(last, unembedding, h, micro):
+            h = self.place.enter(self._normed(last, h))[:, micro["at"]]
+            own = transformer.logits(h, unembedding)  # of every P-th column
+            own = jnp.sum(jnp.where(micro["counts"][:, None], own, 0), 0)
+            spread = own[:, None] * (jnp.arange(self.stages) == lax.axis_index(meshes.STAGE))
+            return lax.psum(spread, meshes.STAGE).reshape(-1)
+
+        return self.pipeline(model=self._model(head)).forward(self._parts(params), batch)
+
     def _parts(self, params):
         whole = state.merge(self.model, params)
         layers, last = (nnx.to_pure_dict(nnx.state(module)) for module in (whole.layers, whole.norm))
@@ -157,8 +176,11 @@ class Pipelined:
             for kind, stack in self.abstract.layers.items()
         }
 
+    def _normed(self, last, h):
+        return nnx.merge(nnx.graphdef(self.abstract.norm), last)(h)
+
     def _next(self, last, unembedding, h, micro):
-        h = nnx.merge(nnx.graphdef(self.abstract.norm), last)(h)
+        h = self._normed(last, h)
         chunks, stages = self.config.train.vocab_chunks, self.stages
         return over_stages(
             self.place.enter(h), unembedding, micro["tokens"], stages, chunks=chunks, end=self.end

@@ -18,7 +18,7 @@ from attnres_jax.analysis.inspect import parameters
 from attnres_jax.configs import Config
 from attnres_jax.models import attention
 from attnres_jax.models.table import path_name
-from attnres_jax.models.transformer import ModelConfig
+from attnres_jax.models.transformer import ModelConfig, logits
 from attnres_jax.parallel import mesh as meshes
 from attnres_jax.parallel import sharding
 from attnres_jax.train import state
@@ -63,12 +63,13 @@ class Programs(NamedTuple):
     stored: State
     """Of one as it is saved, on any mesh: in order of depth."""
     create: Callable[[], State]
-    resume: Callable[[State], State]
-    """A state, of a saved one."""
+    resume: Callable[[Any], Any]
+    """A state, or a part of one (its parameters), of a saved one."""
     save: Callable[[State], State]
     """The inverse."""
     update: stages.Wrapped  # (State, tokens) -> (State, Updated)
     nats: Callable[[Any, Array, Array], Array]
+    logits: Callable[[Any, Any, Any], Array]  # (params, tokens [T], position) -> [V] of what follows it
     look: Callable[[Any, Array], DepthStatistics]
 
 
@@ -112,6 +113,11 @@ def programs(
     batch = meshes.tokens(mesh)
     end = document_end(config, end)
 
+    def resume(saved):
+        staged = jax.eval_shape(way.staged, saved)
+        to = sharding.shardings(staged, table, mesh, sharding.staged_spec)
+        return jax.jit(way.staged, out_shardings=to)(saved)
+
     def step(now, tokens):
         count = predictions(tokens, end)  # of the whole batch: microbatches may hold unequal numbers
         value, gradient = way.value_and_grad(now.params, tokens, count)
@@ -124,10 +130,11 @@ def programs(
         sharding.placed(jax.eval_shape(create), places),
         sharding.placed(jax.eval_shape(created), stored),
         jax.jit(create, out_shardings=places),
-        jax.jit(way.staged, out_shardings=places) if pipelined else lambda now: now,
+        resume if pipelined else lambda saved: saved,
         jax.jit(way.unstaged, out_shardings=stored) if pipelined else lambda now: now,
         jax.jit(step, in_shardings=(places, batch), out_shardings=(places, whole), donate_argnums=0),
         jax.jit(way.nats, in_shardings=(places.params, batch, batch), out_shardings=whole),
+        jax.jit(way.logits, in_shardings=(places.params, whole, whole), out_shardings=whole),
         jax.jit(
             lambda params, tokens: look(state.merge(model, way.unstaged(params)), tokens, end),
             in_shardings=(places.params, batch),
@@ -142,8 +149,9 @@ class Whole:
     def __init__(
         self, config: Config, model: ModelConfig, mesh: Mesh, end: int | None, implementation: str | None
     ):
-        self.config, self.model = config, model
-        self.predict = configured(config, model.vocab, end, meshes.placement(mesh), implementation)
+        self.config, self.model, self.mesh, self.end = config, model, mesh, document_end(config, end)
+        self.how = {"placement": meshes.placement(mesh), "implementation": implementation}
+        self.predict = configured(config, model.vocab, end, *self.how.values())
 
     def value_and_grad(
         self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
@@ -160,6 +168,12 @@ class Whole:
     def nats(self, params: Any, tokens: Int[Array, "B T1"], mask: Bool[Array, "B T"]) -> Float[Array, " T"]:
         """`position_nats`."""
         return position_nats(self.predict, state.merge(self.model, params), tokens, mask)
+
+    def logits(self, params: Any, text: Int[Array, " T"], at: Int[Array, ""]) -> Float[Array, " V"]:
+        """Of the token after position `at` of one text, which sees none behind it."""
+        tokens, model = meshes.repeated(text, self.mesh), state.merge(self.model, params)
+        seen = () if self.end is None else documents(tokens, self.end)
+        return logits(model.hidden(tokens, *seen, **self.how).h[0, at], model.unembedding)
 
     def staged(self, tree: Any) -> Any:
         """Layers are in order of depth."""
