@@ -34,6 +34,8 @@ XPK = {
     "IMAGE": "here/attnres:1",
     "STORAGE": "runs",
 }
+# Enough for any script to tell what it would run.
+DRY_RUN = TPU | GKE | XPK | {"TOPOLOGY": "8x8", "SLURM_SUBMIT_DIR": ".", "DRY_RUN": "1"}
 DRY = {
     "tpu_vm-up": ("tpu_vm.sh", TPU | {"MOUNT": "10.0.0.2:/runs"}, ["up", *WORDS]),
     "tpu_vm-create-spot": ("tpu_vm.sh", TPU | {"SPOT": "1", "PROJECT": "p"}, ["create"]),
