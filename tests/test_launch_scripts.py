@@ -34,6 +34,8 @@ XPK = {
     "IMAGE": "here/attnres:1",
     "STORAGE": "runs",
 }
+# Enough for any script to tell what it would run.
+DRY_RUN = TPU | GKE | XPK | {"TOPOLOGY": "8x8", "SLURM_SUBMIT_DIR": ".", "DRY_RUN": "1"}
 DRY = {
     "tpu_vm-up": ("tpu_vm.sh", TPU | {"MOUNT": "10.0.0.2:/runs"}, ["up", *WORDS]),
     "tpu_vm-create-spot": ("tpu_vm.sh", TPU | {"SPOT": "1", "PROJECT": "p"}, ["create"]),
@@ -42,10 +44,12 @@ DRY = {
         TPU | {"SLICES": "2", "RESERVED": "1", "TYPE": "v5p-128"},
         ["create"],
     ),
+    "tpu_vm-wait": ("tpu_vm.sh", TPU, ["wait"]),
     "tpu_vm-logs-all": ("tpu_vm.sh", TPU | {"HOSTS": "all"}, ["logs"]),
     "tpu_vm-code": ("tpu_vm.sh", TPU, ["code"]),
     "tpu_vm-stop": ("tpu_vm.sh", TPU, ["stop"]),
     "tpu_vm-profile": ("tpu_vm.sh", TPU, ["profile", *WORDS]),
+    "tpu_vm-state": ("tpu_vm.sh", TPU, ["state"]),
     "tpu_vm-ssh": ("tpu_vm.sh", TPU, ["ssh", "df -h"]),
     "tpu_vm-delete": ("tpu_vm.sh", TPU, ["delete"]),
     "retry_spot": ("retry_spot.sh", TPU, WORDS),
@@ -61,7 +65,9 @@ DRY = {
         ["apply", *WORDS],
     ),
     "gke-logs": ("gke.sh", GKE, ["logs"]),
+    "gke-state": ("gke.sh", GKE, ["state"]),
     "gke-delete": ("gke.sh", GKE, ["delete"]),
+    "slurm": ("slurm.sbatch", {"SLURM_SUBMIT_DIR": "."}, WORDS),
     "xpk": ("xpk.sh", XPK | {"SLICES": "2"}, [*WORDS, "--config.data.corpus=/a b"]),
 }
 STAND_IN = """#!/usr/bin/env bash

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_launch_scripts as launched
 import test_layout
 from flax import nnx
 from toys import QUICK
@@ -30,15 +31,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def fenced(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+def fenced(language, text=TEXT):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text):
+    """Lines of blocks, then what stands between backticks."""
+    lines = [line for block in fenced("sh", text) for line in block.splitlines() if line]
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return lines + re.findall(r"`((?:make |python -m |launch/\w+\.|sbatch )[^`]+)`", text)
 
 
 NAMES = ("LanguageModel", "VisionTransformer", "stacked", "scheme")
 CODE = dict(zip(NAMES, fenced("python"), strict=True))
 MODELS = ("LanguageModel", "VisionTransformer")
-COMMANDS = [line for block in fenced("sh") for line in block.splitlines() if line]
-COMMANDS += re.findall(r"`(make [^`]+)`", TEXT)
+COMMANDS = commands(TEXT)
+LAUNCHES = [line for line in commands(launched.README) if re.search(r"launch/\w+\.|python -m ", line)]
 (FILE_MAP,) = [[line.split()[0] for line in block.splitlines()] for block in fenced("text")]
 
 
@@ -165,21 +173,41 @@ def test_the_vision_transformer_starts_from_its_plain_self(execute):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS + LAUNCHES))
 def test_commands_are_understood(line):
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.replace("WORDS", shlex.join(launched.WORDS)), comments=True)
+    scripts = [index for index, word in enumerate(words) if word.startswith("launch/")]
     if words[0] == "make":
         check_make(words[1:])
-    elif words[:3] == ["python", "-m", "attnres_jax"]:
-        args = __main__._parse(words[3:])
-        if getattr(args, "config", None):
-            configs.load(args.config, args.overrides)
-    elif words[0].startswith("launch/"):
-        assert os.access(ROOT / words[0], os.X_OK)
+    elif words[0] == "python":
+        check_program(words)
+    elif scripts:
+        check_launch(words[scripts[0]], words[scripts[0] + 1 :])
     elif words[0] == "tensorboard":
         assert any(name.startswith("tensorboard>") for name in PROJECT["dependencies"])
     else:
         assert words in (["source", ".venv/bin/activate"], ["pip", "install", "."])
+
+
+def check_program(words):
+    assert words[:3] == ["python", "-m", "attnres_jax"]
+    args = __main__._parse(words[3:])
+    if getattr(args, "config", None):
+        configs.load(args.config, args.overrides)
+
+
+def check_launch(script, words):
+    """It takes the words in a dry run, and what it would start takes them too."""
+    assert os.access(ROOT / script, os.X_OK)
+    if script == "launch/technical_corpus.sh":  # test_launch.py runs it
+        return
+    if script == "launch/local_cluster.sh":  # has no dry run
+        check_program(words[2:])
+        words = [*words[:2], "true"]
+    elif train := [word for word in words if word.startswith("--")]:
+        check_program(["python", "-m", "attnres_jax", "train", *train])
+    ran = launched.run(Path(script).name, launched.DRY_RUN, words)
+    assert ran.returncode == 0, ran.stderr
 
 
 def check_make(words):
@@ -195,6 +223,8 @@ def test_commands_were_found():
     assert COMMANDS[:2] == ["make train", "make test"]
     shown = {line.split()[3] for line in COMMANDS if line.startswith("python -m")}
     assert shown == set(__main__.COMMANDS)
+    scripts = {script.name for script in launched.SCRIPTS if f"launch/{script.name}" in "".join(LAUNCHES)}
+    assert scripts == {"gke.sh", "local_cluster.sh", "retry_spot.sh", "slurm.sbatch", "tpu_vm.sh", "xpk.sh"}
     assert ".venv" in re.search(r"^VENV \?= (.*)$", MAKEFILE, re.MULTILINE)[1]
 
 
