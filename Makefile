@@ -29,7 +29,7 @@ seeds: $(READY)
 	@$(RUN) -m attnres_jax compare runs/seeds/* --out=docs/results/quick
 
 evidence: $(READY)
-	@echo "36 runs, about 50 minutes on two idle cores; stopped, the same command goes on"
+	@echo "36 runs, 46 minutes on two cores; stopped, the same command goes on"
 	$(RUN) -m attnres_jax sweep table4 --config=evidence --jobs=2 --out=runs/evidence
 	@test -f runs/evidence/README.md  # a signal saves and exits 0
 	@mkdir -p docs/results/evidence
