@@ -397,17 +397,41 @@ def test_full_has_no_running_sum():
     assert [t.get_text() for t in axes.get_xticklabels()] == ["emb", "1", "2", "3", "4"]
 
 
+def shown_labels(axis):
+    """Tick labels with a text that lie in view."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    labels = [label for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()]
+    return [label for label in labels if label.get_text()]
+
+
 def untidy(figure):
-    """Tick labels that touch, and axes that leave the canvas."""
+    """Tick labels that touch, axes that leave the canvas, and those that have no tick labels and share none."""
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
     for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels() if t.get_text()]
+        for name, sharing in (("x", axes.get_shared_x_axes()), ("y", axes.get_shared_y_axes())):
+            boxes = [
+                label.get_window_extent(renderer) for label in shown_labels(getattr(axes, f"{name}axis"))
+            ]
             yield from (pair for pair in pairwise(boxes) if pair[0].overlaps(pair[1]))
+            same = [getattr(other, f"{name}axis") for other in sharing.get_siblings(axes)]
+            of_bar = name == "x" and axes.get_label() == "<colorbar>"
+            if not of_bar and not any(map(shown_labels, same)):
+                yield f"no labels along {name} of {axes.get_title() or axes}"
         box, whole = axes.get_tightbbox(renderer), figure.bbox
         if min(box.x0, box.y0) < 0 or box.x1 > whole.width or box.y1 > whole.height:
             yield box
+
+
+@pytest.mark.parametrize("lowest", [1e-12, 1e-9, 1e-5, 1e-3, 0.01, 0.1, 0.3, 0.7])
+def test_a_logarithmic_axis_has_labels(lowest):
+    """Over nine decades it had none at all."""
+    series = [figures.Series("plain", [1, 2], [lowest, 1.0])]
+    figure = figures.depth_dynamics(series, series)
+    assert not list(untidy(figure))
+    for axes in figure.axes:
+        assert len(shown_labels(axes.yaxis)) >= 2
 
 
 @pytest.mark.parametrize(("blocks", "size"), [(8, 4), (27, 6), (27, 1)])

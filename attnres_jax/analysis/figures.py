@@ -402,13 +402,15 @@ def _clean(axes):
 
 
 def _plain_log_ticks(axis):
-    """Numbers rather than powers of ten: 1, 2, 5 of each decade, or more where there is less than one."""
+    """Numbers rather than powers of ten: 1, 2, 5 of each decade, of less than one more, of many the decades
+    alone, or every second, third ...: `LogLocator` that must leave some out has no tick between them."""
     low, high = axis.get_view_interval()
     if high / low < 2:
         axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 6 else range(1, 10)))
+        subs = (1,) if high / low > 1e3 else (1, 2, 5) if high / low > 6 else range(1, 10)
+        axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.set_minor_formatter(NullFormatter())
 
