@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from rich.console import Console
 
 from attnres_jax import configs
-from attnres_jax.analysis import compare, figures
+from attnres_jax.analysis import compare, figures, looks
 from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
 from attnres_jax.analysis.matrix import depth_matrix, reach
 from attnres_jax.configs import sweeps
@@ -287,16 +287,53 @@ def test_loss_figure_marks_heldout_points_once():
     assert [text.get_text() for text in whole.get_legend().get_texts()] == ["plain", "full"]
 
 
-def test_a_scheme_has_one_colour():
-    names = ["plain", "full", "block", "mhc", "highway"]
-    assert [figures.colour(n) for n in names] == [figures.colour(f"{n} S=8") for n in names]
-    assert len({figures.colour(n) for n in names[:3]}) == 3
-    assert figures.colour("highway") in figures.OTHERS
-    assert not {*figures.OTHERS} & {*figures.COLOURS.values()}
+def test_every_scheme_has_a_look_and_no_two_the_same():
+    assert set(looks.LOOKS) == set(SCHEMES)
+    found = [*looks.LOOKS.values(), looks.NEW]
+    assert len(set(found)) == len(found)
+    dots = [(paint, looks.MARKERS[turn % len(looks.MARKERS)]) for paint, turn in found]
+    assert len(set(dots)) == len(dots)
+
+
+def test_a_scheme_looks_the_same_beside_any_others():
+    """Alone, after all, before all; a second row of it takes what is nobody's."""
+    alone = {name: looks.styles([name])[name] for name in SCHEMES}
+    assert looks.styles(list(SCHEMES)) == alone
+    assert looks.styles(list(reversed(SCHEMES))) == alone
+    rest = [name for name in SCHEMES if name != "hc"]
+    found = looks.styles(["hc S=1", "hc S=2", *rest])
+    assert [found[name] for name in ("hc S=1", *rest)] == [alone[name] for name in ("hc", *rest)]
+    assert found["hc S=2"] not in alone.values()
+
+
+def test_looks_that_pages_have_are_for_ever():
+    """Those of the figures of docs/results/evidence."""
+    names = [keys["residual"] for keys in sweeps.TABLE4.values()]
+    assert "".join(f"{name} {' '.join(style)}\n" for name, style in looks.styles(names).items()) == EVIDENCE
+
+
+EVIDENCE = """\
+plain #000000 - o
+denseformer #56B4E9 - o
+mhc #009E73 - o
+full #D55E00 - o
+full_input_query #E69F00 - o
+full_static #882255 - o
+full_sigmoid #E69F00 -- s
+full_unnormed #56B4E9 -- s
+window #CC79A7 - o
+block #0072B2 - o
+block_heads #882255 -- s
+block_unnormed #56B4E9 : ^
+"""
+
+
+def test_rows_of_a_scheme_share_its_colour():
     series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in ("full", "block S=4", "block S=8")]
     lines = figures.depth_dynamics(series, series).axes[1].lines
     assert [to_hex(line.get_color()).upper() for line in lines] == ["#D55E00", "#0072B2", "#0072B2"]
     assert lines[1].get_linestyle() != lines[2].get_linestyle()
+    assert looks.colour("not_yet S=4") == looks.GREY
 
 
 def rows_of(sweep):
@@ -321,7 +358,7 @@ def test_no_two_look_alike(labels):
     marks = [[(line.get_color(), line.get_marker()) for line in each] for each in (lines, dots)]
     assert marks[0] == marks[1]
     assert len(set(marks[1])) == len(labels)
-    assert [line.get_color() for line in lines] == [figures.colour(label) for label in labels]
+    assert [line.get_color() for line in lines] == [looks.colour(label) for label in labels]
 
 
 def test_seeds_are_averaged_in_one_line():
@@ -406,7 +443,7 @@ def shown_labels(axis):
 
 
 def untidy(figure):
-    """Tick labels that touch, axes that leave the canvas, and those that have no tick labels and share none."""
+    """Tick labels that touch, axes without any of their own or shared, and axes that leave the canvas."""
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
     for axes in figure.axes:

@@ -1,7 +1,6 @@
 """Figures: one function each, which returns a `Figure` (no pyplot: nothing global or to close).
 
-Colours are those of Okabe and Ito, and one of Tol (#882255), safe for the colour-blind. A scheme has the same
-everywhere; those that share one are told apart by dash and marker.
+How a scheme is drawn, `looks` says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from attnres_jax.residuals import SCHEMES
+from attnres_jax.analysis.looks import colour, styles
 from attnres_jax.schedule import BlockSchedule
 
-COLOURS = {"plain": "#000000", "block": "#0072B2", "full": "#D55E00", "mhc": "#009E73"}
-OTHERS = ("#882255", "#CC79A7", "#E69F00", "#56B4E9")
-"""For schemes without a colour of their own, in turn, in the order of `SCHEMES`."""
-DASHES = ("-", "--", ":", "-.")
-MARKERS = "os^DvPX*<"
-"""Nine, which has no divisor in common with four: 36 pairs of dash and marker of one colour."""
 FEW = 6
 """Schemes whose seeds are drawn one by one, and named inside the first panel."""
 BEYOND = 1.005
@@ -49,33 +42,6 @@ class Series(NamedTuple):
     label: str
     x: Sequence[float]
     y: Sequence[float]
-
-
-class Style(NamedTuple):
-    """How a label's line and dots are drawn."""
-
-    colour: str
-    dash: str
-    marker: str
-
-
-def colour(label: str) -> str:
-    """The colour of the scheme a label begins with."""
-    scheme = label.split()[0]
-    return COLOURS.get(scheme) or OTHERS[list(SCHEMES).index(scheme) % len(OTHERS)]
-
-
-def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label, no two alike: the colour, then which of those of that colour it is.
-
-    Of one colour 36 differ as lines, the first nine also as dots, by the marker.
-    """
-    found: dict[str, Style] = {}
-    for label in dict.fromkeys(labels):
-        paint = colour(label)
-        nth = sum(style.colour == paint for style in found.values())
-        found[label] = Style(paint, DASHES[nth % len(DASHES)], MARKERS[nth % len(MARKERS)])
-    return found
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -311,15 +277,15 @@ def against_block_size(
     axes, sizes = figure.subplots(), list(bits)
     deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in bits.values()]
     means = [np.mean(values) for values in bits.values()]
-    look: dict[str, Any] = {"color": COLOURS["block"], "marker": "o", "capsize": 3, "label": "block"}
+    look: dict[str, Any] = {"color": colour("block"), "marker": "o", "capsize": 3, "label": "block"}
     axes.errorbar(sizes, means, yerr=deviations, **look)
     for size, values in bits.items():
-        axes.plot([1.08 * size] * len(values), values, ".", color=COLOURS["block"], alpha=0.6)
+        axes.plot([1.08 * size] * len(values), values, ".", color=colour("block"), alpha=0.6)
     if plain:
-        axes.axhline(float(np.mean(plain)), color=COLOURS["plain"], linestyle="--", label="plain")
+        axes.axhline(float(np.mean(plain)), color=colour("plain"), linestyle="--", label="plain")
         if len(plain) > 1:
             low, high = (np.mean(plain) + sign * np.std(plain, ddof=1) for sign in (-1, 1))
-            axes.axhspan(float(low), float(high), color=COLOURS["plain"], alpha=0.08, linewidth=0)
+            axes.axhspan(float(low), float(high), color=colour("plain"), alpha=0.08, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size}\n{named.get(size, '')}".strip() for size in sizes])
     axes.set(xlabel="block size S (sublayers)", ylabel="held-out loss (bits / byte)")
