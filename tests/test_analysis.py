@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from itertools import pairwise
 
 import jax
@@ -17,13 +18,14 @@ from rich.console import Console
 from attnres_jax import configs
 from attnres_jax.analysis import compare, figures, looks
 from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
+from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.matrix import depth_matrix, reach
 from attnres_jax.configs import sweeps
 from attnres_jax.models.transformer import Transformer
 from attnres_jax.residuals import SCHEMES, make
 from attnres_jax.schedule import BlockSchedule
 from attnres_jax.stack import Record
-from attnres_jax.train import checkpoint, data, runs
+from attnres_jax.train import checkpoint, data, readings, runs
 
 CASES = [("plain", 1), ("full", 1), ("block", 3), ("block", 4), ("block", 7)]
 KINDS = "amamama"
@@ -241,7 +243,7 @@ def reached(matrix):
 
 def test_report(tmp_path, capsys):
     runs = [run("block", s, 2.5 + s / 10, blocks=8) for s in (0, 1)] + [run("plain", blocks=8)]
-    compare.report(runs, tmp_path / "out")
+    compare.report(runs, tmp_path / "out", Made("the command", "2 CPU cores, JAX 1.2", "today", "abc"))
     text = (tmp_path / "out/comparison.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -255,6 +257,8 @@ def test_report(tmp_path, capsys):
         "40.96k",
         "12,346",
     )
+    line = "`the command`; 2 CPU cores, JAX 1.2, today, page of commit abc. 2 rows, seeds 0, 1."
+    assert text.splitlines()[2] == line
     assert "**Not like for like:** runs differ in the set of seeds" in text
     assert "Not like for like" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "out").glob("*.png")}
@@ -512,7 +516,9 @@ def workdir(tmp_path, monkeypatch):
 def test_a_workdir_is_read_back(workdir):
     """Statistics are of whole windows of the held-out text, M of the first one's last token."""
     folder, model, text = workdir
-    (found,), _ = runs.read([folder], ())
+    assert readings.device(folder) == ""
+    (found,), (taken,) = runs.read([folder], ())
+    assert readings.device(folder) == taken.device
     windows = np.stack([text[at : at + 16] for at in (0, 16, 32)])  # a fourth would need padding
     record = model(jnp.asarray(windows), record=True).depth.record
     jax.tree.map(
@@ -527,7 +533,8 @@ def test_a_workdir_is_read_back(workdir):
     assert [len(found.train), len(found.depth), len(found.heldout)] == [10, 1, 2]
     assert found.config["data.length"] == 16
     runs.compare([folder], folder / "out")
-    assert (folder / "out/comparison.md").is_file()
+    written = (folder / "out/comparison.md").read_text()
+    assert re.search(r"^`python -m attnres_jax .*CPU cores, JAX \d.*, 20\d\d-.*seed 0\.$", written, re.M)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from flax import nnx
 from test_analysis import run, untidy
 
 from attnres_jax.analysis import compare, evidence, figures, pages
+from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.matrix import depth_matrix
 from attnres_jax.analysis.outputs import Shares, shares, without_each
 from attnres_jax.analysis.paper import TABLE4
@@ -117,11 +118,11 @@ def looks(made):
 
 def test_pages(tmp_path):
     made = experiment()
-    pages.report(made, looks(made), pages.Made("make evidence", "2 CPU cores", "today"), tmp_path)
+    pages.report(made, looks(made), Made("make evidence", "2 CPU cores", "today", "abc"), tmp_path)
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.md")}
     assert set(text) == {"README", "schemes", "dynamics", "ablations", "weights", "skipping"}
     for name, page in text.items():
-        assert "`make evidence`; 2 CPU cores, today. 6 rows, seeds 0, 1, 2: 4 transformer blocks" in page
+        assert "`make evidence`; 2 CPU cores, today, page of commit abc. 6 rows, seeds 0, 1, 2: 4 tra" in page
         assert "**Not shown**" in page or name == "README"
         assert f"({name}.md)" in text["README"] or name == "README"
         drawn = re.findall(r"!\[.*\]\((.*)\)", page)
