@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from test_analysis import run, untidy
+from test_analysis import run
+from test_figures import untidy
 
 from attnres_jax import configs
 from attnres_jax.analysis import figures, grids

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnres_jax import configs, residuals
-from attnres_jax.analysis import figures
+from attnres_jax.analysis import figures, heatmaps
 from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.figures import Series
 from attnres_jax.analysis.made import Made
@@ -255,7 +255,7 @@ def draw(runs: Sequence[Run], out: Path) -> list[tuple[Path, str]]:
         ("loss", "Loss", loss_curves(runs)),
         ("depth", "Output RMS and gradient norm", figures.depth_dynamics(*_by_depth(rows))),
         *(_weights(group) for group in rows if weighs_outputs(scheme(group.first.config))),
-        ("matrix", "Depth mixing matrix M", figures.depth_matrices(matrices, token)),
+        ("matrix", "Depth mixing matrix M", heatmaps.depth_matrices(matrices, token)),
     ]
     return [(figures.save(figure, out / f"{name}.png"), caption) for name, caption, figure in made]
 
@@ -269,7 +269,7 @@ def heatmap(label: str, runs: Sequence[Run]) -> figures.Figure:
     """Depth weights of one scheme, in the mean over its runs."""
     kinds = runs[0].kinds
     weights = np.mean([run.statistics.weights for run in runs], axis=0)
-    return figures.weight_heatmap(weights, kinds, scheme(runs[0].config).schedule(len(kinds)), label)
+    return heatmaps.weight_heatmap(weights, kinds, scheme(runs[0].config).schedule(len(kinds)), label)
 
 
 def _weights(group):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attnres_jax.analysis import figures
+from attnres_jax.analysis import figures, heatmaps
 from attnres_jax.analysis.compare import Run, groups
 from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.pages import markdown
@@ -42,7 +42,7 @@ def depth_width(runs: Sequence[Run], out: Path) -> tuple[str, str]:
         name: np.array([[bits.get((name, ratio, head), np.nan) for head in heads] for ratio in ratios])
         for name in dict.fromkeys(key[0] for key in bits)
     }
-    figures.save(figures.depth_width(tables, ratios, heads), out / "depth_width.png")
+    figures.save(heatmaps.depth_width(tables, ratios, heads), out / "depth_width.png")
     best = [min((loss, *key) for key, loss in bits.items() if key[0] == name) for name in tables]
     found = "; ".join(f"{name} at D/L_b = {ratio:g}, H/L_b = {head:g}" for _, name, ratio, head in best)
     seeds = len({run.config["seed"] for run in runs})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from attnres_jax.analysis import compare, figures
+from attnres_jax.analysis import compare, figures, heatmaps
 from attnres_jax.analysis.compare import Run
 from attnres_jax.analysis.evidence import (
     Dynamics,
@@ -201,7 +201,7 @@ def weights(table: Rows, out: Path) -> Page:
     body = [
         markdown(["scheme", *_words(Structure)], cells),
         *drawn,
-        _figure(figures.depth_matrices(matrices, token), out, "matrices", "Depth mixing matrices"),
+        _figure(heatmaps.depth_matrices(matrices, token), out, "matrices", "Depth mixing matrices"),
         "Means over tokens and reads, ± standard deviation over seeds, without the reads of the first two "
         "sublayers, which have one source or two. The newest source is the last output in Full, in Block "
         "the running sum, or the last block where a block begins. The paper's Figure 8: much weight on the "
