@@ -124,15 +124,19 @@ def test_many_schemes_are_shared_out():
 
 
 def test_a_run_that_diverged_hides_no_others():
-    """Of ten runs one ends at 40: it is named beside a close-up whose scale is that of the others."""
+    """Of ten runs one ends at 40, one has no number: named beside a close-up on the scale of the others."""
     names = list(SCHEMES)[:10]
     runs = [figures.Series(name, [1, 5, 10], [9.0, 2.5, 2 + at / 50]) for at, name in enumerate(names)]
     runs[4] = figures.Series(names[4], [1, 5, 10], [9.0, 40.0, 40.0])
+    runs[5] = figures.Series(names[5], [1, 5, 10], [9.0, np.nan, np.nan])
     close = figures.loss_curves(runs, runs).axes[2:]
     assert {axes.get_ylim() for axes in close} == {close[0].get_ylim()}
     assert close[0].get_ylim()[0] < 2
     assert 2.5 < close[0].get_ylim()[1] < 5
-    assert [[text.get_text() for text in axes.texts] for axes in close] == [[f"above: {names[4]}"], []]
+    assert [[text.get_text() for text in axes.texts] for axes in close] == [
+        [f"above: {names[4]}, {names[5]}"],
+        [],
+    ]
     few = figures.loss_curves(runs[:5], runs[:5]).axes[1]
     assert few.get_ylim()[1] > 40
     assert not few.texts

@@ -3,6 +3,7 @@
 How a scheme is drawn, `looks` says.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -63,7 +64,9 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
             _dots(axes, _of(names, heldout), looks)
             axes.set(xlabel="step (optimizer updates)", ylabel="bits / byte")
         end.set(xlim=(0.49 * last, 1.01 * last), ylim=(low - margin, high + margin))
-        far = [name for name in names if min(y for label, y in late if label == name) > high]
+        far = [
+            name for name in names if min((y for label, y in late if label == name), default=math.inf) > high
+        ]
         if far:
             end.text(0.98, 0.97, f"above: {', '.join(far)}", transform=end.transAxes, ha="right", va="top")
     _title(columns, "Training (lines), held-out (large marks)", "The second half")
@@ -72,7 +75,7 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
 
 
 def _late(line, last):
-    return [y for x, y in zip(line.x, line.y, strict=True) if x >= last / 2]
+    return [y for x, y in zip(line.x, line.y, strict=True) if x >= last / 2 and math.isfinite(y)]
 
 
 def _columns(lines):
