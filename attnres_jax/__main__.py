@@ -222,7 +222,7 @@ def _inspect_arguments(parser):
     parser.add_argument("--pipeline", type=_pipeline, metavar="PxVxM", help=text)
     text = "what the residual stream of every scheme moves, counted, at this config's size"
     parser.add_argument("--schemes", action="store_true", help=text)
-    text = "with --pipeline: also as a figure; with --schemes: also as markdown"
+    text = "with --pipeline: also as a figure; with --schemes: also as markdown, beside ranks.md of their M"
     parser.add_argument("--out", type=_path, metavar="FILE", help=text)
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from itertools import pairwise
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import toys
 from flax import nnx
-from matplotlib.colors import to_hex
 from rich.console import Console
 
 from attnres_jax import configs
-from attnres_jax.analysis import compare, figures
+from attnres_jax.analysis import compare
 from attnres_jax.analysis.dynamics import DepthStatistics, depth_statistics, gradient_norm
+from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.matrix import depth_matrix, reach
-from attnres_jax.configs import sweeps
 from attnres_jax.models.transformer import Transformer
-from attnres_jax.residuals import SCHEMES, make
-from attnres_jax.schedule import BlockSchedule
+from attnres_jax.residuals import make
 from attnres_jax.stack import Record
-from attnres_jax.train import checkpoint, data, runs
+from attnres_jax.train import checkpoint, data, readings, runs
 
 CASES = [("plain", 1), ("full", 1), ("block", 3), ("block", 4), ("block", 7)]
 KINDS = "amamama"
@@ -241,7 +239,7 @@ def reached(matrix):
 
 def test_report(tmp_path, capsys):
     runs = [run("block", s, 2.5 + s / 10, blocks=8) for s in (0, 1)] + [run("plain", blocks=8)]
-    compare.report(runs, tmp_path / "out")
+    compare.report(runs, tmp_path / "out", Made("the command", "2 CPU cores, JAX 1.2", "today", "abc"))
     text = (tmp_path / "out/comparison.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -255,6 +253,8 @@ def test_report(tmp_path, capsys):
         "40.96k",
         "12,346",
     )
+    line = "`the command`; 2 CPU cores, JAX 1.2, today, page of commit abc. 2 rows, seeds 0, 1."
+    assert text.splitlines()[2] == line
     assert "**Not like for like:** runs differ in the set of seeds" in text
     assert "Not like for like" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "out").glob("*.png")}
@@ -274,151 +274,6 @@ def test_three_schemes_fit_a_terminal():
     assert "…" not in text
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in text.splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["held-out bits/byte"]] == ["2.5500 ± 0.0707"] * 3
-
-
-def test_loss_figure_marks_heldout_points_once():
-    """The evaluation after the last step stands for the logged one at that step (77 bits/byte)."""
-    rows = compare.groups([run("plain"), run("full")])
-    figure = figures.loss_curves(*compare._curves(rows))
-    whole = figure.axes[0]
-    dots = [line for line in whole.lines if line.get_linestyle() == "None"]
-    assert [list(line.get_ydata()) for line in dots] == [[4.0, 2.5], [4.0, 2.5]]
-    assert whole.get_ylabel() == "bits / byte"
-    assert [text.get_text() for text in whole.get_legend().get_texts()] == ["plain", "full"]
-
-
-def test_a_scheme_has_one_colour():
-    names = ["plain", "full", "block", "mhc", "highway"]
-    assert [figures.colour(n) for n in names] == [figures.colour(f"{n} S=8") for n in names]
-    assert len({figures.colour(n) for n in names[:3]}) == 3
-    assert figures.colour("highway") in figures.OTHERS
-    assert not {*figures.OTHERS} & {*figures.COLOURS.values()}
-    series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in ("full", "block S=4", "block S=8")]
-    lines = figures.depth_dynamics(series, series).axes[1].lines
-    assert [to_hex(line.get_color()).upper() for line in lines] == ["#D55E00", "#0072B2", "#0072B2"]
-    assert lines[1].get_linestyle() != lines[2].get_linestyle()
-
-
-def rows_of(sweep):
-    """The labels that a sweep's rows have in its figures."""
-    members = sweeps.members(sweep, "quick", seeds=1)
-    made = [run("plain")._replace(name=m.name, config=configs.to_flat(m.config)) for m in members]
-    found = compare.groups(made)
-    assert len(found) == len(sweep.rows)
-    return [group.label for group in found]
-
-
-@pytest.mark.parametrize("labels", [list(SCHEMES), *map(rows_of, sweeps.SWEEPS.values())])
-def test_no_two_look_alike(labels):
-    """Lines by colour, dash and marker, held-out dots by colour and marker; and a dot is its line's."""
-    series = [figures.Series(label, [1, 2], [1.0, 2.0]) for label in labels]
-    figure = figures.loss_curves(series, series)
-    assert not list(untidy(figure))
-    assert all(axes.get_position().width > 0.2 for axes in figure.axes)
-    drawn = figure.axes[0].lines
-    lines, dots = drawn[: len(labels)], drawn[len(labels) :]
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == len(labels)
-    marks = [[(line.get_color(), line.get_marker()) for line in each] for each in (lines, dots)]
-    assert marks[0] == marks[1]
-    assert len(set(marks[1])) == len(labels)
-    assert [line.get_color() for line in lines] == [figures.colour(label) for label in labels]
-
-
-def test_seeds_are_averaged_in_one_line():
-    points = ([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 3], [3.0, 5.0])
-    series = [figures.Series("full", x, y) for x, y in points]
-    lines = figures.depth_dynamics(series, series).axes[0].lines
-    bold = [line for line in lines if line.get_label() == "full"]
-    assert len(bold) == 1
-    np.testing.assert_array_equal(bold[0].get_xydata(), [[1, 2], [3, 4]])
-
-
-def test_heatmap_puts_weights_where_they_belong():
-    """L = 5, S = 2: the running sum has its own column, absent sources are blank."""
-    weights = np.arange(1, 25).reshape(6, 4) / 24
-    attention, mlp = figures.weight_heatmap(weights, "amama", BlockSchedule(5, 2)).axes[:2]
-    reads = [
-        [1, 0, 0, 0, 0],
-        [9, 10, 0, 0, 0],
-        [17, 18, 19, 0, 0],
-        [21, 22, 23, 24, 0],  # the output read: all three blocks
-    ]
-    np.testing.assert_allclose(shown(attention), reads)
-    np.testing.assert_allclose(shown(mlp), [[5, 0, 0, 0, 6], [13, 14, 0, 0, 15]])
-    assert [t.get_text() for t in attention.get_xticklabels()] == ["emb", "1", "2", "3", "sum"]
-    assert [t.get_text() for t in attention.get_yticklabels()] == ["1", "3", "5", "out"]
-    assert [t.get_text() for t in mlp.get_yticklabels()] == ["2", "4"]
-
-
-def shown(axes):
-    """The image in units of 1/24, zero where it is blank."""
-    return np.ma.filled(np.ma.asarray(axes.images[0].get_array()), 0) * 24
-
-
-def test_weights_that_are_no_shares_have_their_own_scale():
-    """DenseFormer's: below zero and above one, which would else be drawn as zero and one."""
-    schedule = BlockSchedule(2, 1)
-    weights = np.tri(3, 3)
-    norms = [figures.weight_heatmap(weights, "am", schedule).axes[0].images[0].norm]
-    weights[2, :2] = -0.5, 2.0
-    panels = figures.weight_heatmap(weights, "am", schedule).axes
-    norms.append(panels[0].images[0].norm)
-    assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, 1), (-2, 2)]
-    assert {"0", "2"} <= {label.get_text() for label in panels[-1].get_yticklabels()}
-
-
-@pytest.mark.parametrize("high", [1.0, 1.2, 1.8, 2.0, 3.3, 12.7])
-def test_ticks_of_a_scale_do_not_crowd(high):
-    """The least distance between two, as a share of the bar; at 1.8 two were 0.9 and 1 once."""
-    norm = figures.PowerNorm(0.5, 0, high)
-    assert np.diff(norm(figures._tick_values(norm))).min() > 0.1
-
-
-def test_weights_of_a_run_that_diverged_are_blank():
-    """All NaN: no colour but that of what is no source, on the scale of shares."""
-    panels = figures.weight_heatmap(np.full((3, 3), np.nan), "am", BlockSchedule(2, 1)).axes
-    image = panels[0].images[0]
-    assert np.ma.getmaskarray(np.ma.asarray(image.get_array())).all()
-    assert (image.norm.vmin, image.norm.vmax) == (0, 1)
-    assert not list(untidy(panels[0].figure))
-
-
-def test_seeds_of_many_schemes_are_not_drawn_one_by_one():
-    for count, seeds in ((6, 2), (7, 0)):
-        names = list(SCHEMES)[:count]
-        series = [figures.Series(name, [1, 2], [1.0, 2.0]) for name in names for _ in range(2)]
-        lines = figures.depth_dynamics(series, series).axes[0].lines
-        assert len(lines) == count * (1 + seeds)
-
-
-def test_full_has_no_running_sum():
-    weights = np.tri(5) / 5
-    axes = figures.weight_heatmap(weights, "amam", BlockSchedule(4, 1)).axes[0]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["emb", "1", "2", "3", "4"]
-
-
-def untidy(figure):
-    """Tick labels that touch, and axes that leave the canvas."""
-    renderer = figure.canvas.get_renderer()
-    figure.draw(renderer)
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels() if t.get_text()]
-            yield from (pair for pair in pairwise(boxes) if pair[0].overlaps(pair[1]))
-        box, whole = axes.get_tightbbox(renderer), figure.bbox
-        if min(box.x0, box.y0) < 0 or box.x1 > whole.width or box.y1 > whole.height:
-            yield box
-
-
-@pytest.mark.parametrize(("blocks", "size"), [(8, 4), (27, 6), (27, 1)])
-def test_labels_are_legible(blocks, size):
-    kinds = "am" * blocks
-    scheme = make("block", block_size=size)
-    weights = statistics(scheme, kinds).weights
-    schedule = scheme.schedule(len(kinds))
-    matrices = dict.fromkeys(("plain", "block", "full"), np.tri(len(kinds) + 1))
-    assert not list(untidy(figures.weight_heatmap(weights, kinds, schedule, "block")))
-    assert not list(untidy(figures.depth_matrices(matrices, "token")))
 
 
 @pytest.fixture
@@ -451,7 +306,9 @@ def workdir(tmp_path, monkeypatch):
 def test_a_workdir_is_read_back(workdir):
     """Statistics are of whole windows of the held-out text, M of the first one's last token."""
     folder, model, text = workdir
-    (found,), _ = runs.read([folder], ())
+    assert readings.device(folder) == ""
+    (found,), (taken,) = runs.read([folder], ())
+    assert readings.device(folder) == taken.device
     windows = np.stack([text[at : at + 16] for at in (0, 16, 32)])  # a fourth would need padding
     record = model(jnp.asarray(windows), record=True).depth.record
     jax.tree.map(
@@ -466,7 +323,8 @@ def test_a_workdir_is_read_back(workdir):
     assert [len(found.train), len(found.depth), len(found.heldout)] == [10, 1, 2]
     assert found.config["data.length"] == 16
     runs.compare([folder], folder / "out")
-    assert (folder / "out/comparison.md").is_file()
+    written = (folder / "out/comparison.md").read_text()
+    assert re.search(r"^`python -m attnres_jax .*CPU cores, JAX \d.*, 20\d\d-.*seed 0\.$", written, re.M)
 
 
 @pytest.mark.parametrize(

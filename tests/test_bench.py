@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from attnres_jax import __main__, configs
-from attnres_jax.bench import report, step, target, turns
+from attnres_jax.analysis import made
+from attnres_jax.bench import step, target, turns
 
 TINY = {
     "model.blocks": 1,
@@ -95,7 +96,7 @@ def test_ratios_are_round_by_round():
 
 
 def test_the_commit_is_that_of_this_tree():
-    assert len(report.commit().rstrip("+")) >= 7
+    assert len(made.commit().rstrip("+")) >= 7
 
 
 @pytest.mark.parametrize("module", ["traffic"])

@@ -13,9 +13,11 @@ import optax
 import pytest
 import toys
 from flax import nnx
-from test_analysis import run, untidy
+from test_analysis import run
+from test_figures import untidy
 
-from attnres_jax.analysis import compare, evidence, figures, pages
+from attnres_jax.analysis import compare, evidence, figures, heatmaps, pages
+from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.matrix import depth_matrix
 from attnres_jax.analysis.outputs import Shares, shares, without_each
 from attnres_jax.analysis.paper import TABLE4
@@ -117,11 +119,11 @@ def looks(made):
 
 def test_pages(tmp_path):
     made = experiment()
-    pages.report(made, looks(made), pages.Made("make evidence", "2 CPU cores", "today"), tmp_path)
+    pages.report(made, looks(made), Made("make evidence", "2 CPU cores", "today", "abc"), tmp_path)
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.md")}
     assert set(text) == {"README", "schemes", "dynamics", "ablations", "weights", "skipping"}
     for name, page in text.items():
-        assert "`make evidence`; 2 CPU cores, today. 6 rows, seeds 0, 1, 2: 4 transformer blocks" in page
+        assert "`make evidence`; 2 CPU cores, today, page of commit abc. 6 rows, seeds 0, 1, 2: 4 tra" in page
         assert "**Not shown**" in page or name == "README"
         assert f"({name}.md)" in text["README"] or name == "README"
         drawn = re.findall(r"!\[.*\]\((.*)\)", page)
@@ -196,26 +198,29 @@ def test_every_row_of_table_4_is_a_scheme_with_a_number():
     assert sorted(TABLE4) == sorted(row["residual"] for row in sweeps.TABLE4.values())
 
 
-def test_matrices_are_coloured_up_to_one():
-    """An entry of 12.7 leaves the others their colours, and is told; above the diagonal there is no M."""
+def test_matrices_are_coloured_up_to_one_or_to_what_their_title_says():
+    """An entry of 12.7 leaves the others their colours and its panel legible; none above the diagonal."""
     small, large = np.tri(4) / 4, np.tri(4) + np.triu(np.full((4, 4), 99.0), 1)
-    large[3, 1] = 12.7
-    for entry, limits, extend in ((12.7, (0, 1), "max"), (-12.7, (-1, 1), "both")):
+    for entry, lowest in ((12.7, 0), (-12.7, -1)):
         large[3, 1] = entry
-        figure = figures.depth_matrices({"full": small, "denseformer": large}, "a token")
+        figure = heatmaps.depth_matrices({"full": small, "denseformer": large}, "a token")
         norms = [axes.images[0].norm for axes in figure.axes[:2]]
-        assert [(norm.vmin, norm.vmax) for norm in norms] == [limits] * 2
-        assert [axes.get_title() for axes in figure.axes[:2]] == ["full", "denseformer, |M| up to 12.7"]
-        assert figure.axes[0].images[0].colorbar.extend == extend
-        assert "0.25" in [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+        assert [(norm.vmin, norm.vmax) for norm in norms] == [(lowest, 1), (12.7 * lowest, 12.7)]
+        assert [axes.get_title() for axes in figure.axes[:2]] == ["full", "denseformer, scale x 12.7"]
+        bar = figure.axes[-1]
+        assert bar.get_ylim() == (lowest, 1)
+        assert bar.get_ylabel() == "weight, over its panel's scale where it has one"
+        assert "0.25" in [label.get_text() for label in bar.get_yticklabels()]
+        assert not list(untidy(figure))
     assert norms[0](0.0) == pytest.approx(0.5)
-    within = figures.depth_matrices({"plain": np.tri(4) * (1 + 1e-6)}, "a token").axes[0]
-    assert (within.get_title(), within.images[0].colorbar.extend) == ("plain", "neither")
+    within = heatmaps.depth_matrices({"plain": np.tri(4) * (1 + 1e-6)}, "a token").axes
+    assert (within[0].get_title(), within[0].images[0].norm.vmax) == ("plain", 1)
+    assert within[-1].get_ylabel() == "weight"
 
 
 def test_many_matrices_stand_in_rows():
     names = list(SCHEMES)[:6]
-    figure = figures.depth_matrices(dict.fromkeys(names, np.tri(25)), "a token")
+    figure = heatmaps.depth_matrices(dict.fromkeys(names, np.tri(25)), "a token")
     panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
     assert [axes.get_title() for axes in panels] == names
     assert len({round(axes.get_position().y0, 3) for axes in panels}) == 2

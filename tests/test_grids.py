@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from test_analysis import run, untidy
+from test_analysis import run
+from test_figures import untidy
 
 from attnres_jax import configs
 from attnres_jax.analysis import figures, grids
-from attnres_jax.analysis.pages import Made
+from attnres_jax.analysis.made import Made
 from attnres_jax.configs import sweeps
 
-MADE = Made("the command", "2 CPU cores", "today")
+MADE = Made("the command", "2 CPU cores", "today", "abc")
 
 
 def finished(name, bits, seeds=1, rows=()):
@@ -29,7 +30,7 @@ def page(name, made, out, monkeypatch):
     grids.report(name, made, MADE, out)
     text = (out / "README.md").read_text()
     assert f"({drawn[0][1]})" in text
-    assert "`the command`; 2 CPU cores, today." in text
+    assert "`the command`; 2 CPU cores, today, page of commit abc. " in text
     assert not list(untidy(drawn[0][0]))
     return text, drawn[0][0]
 
@@ -37,6 +38,9 @@ def page(name, made, out, monkeypatch):
 def test_loss_against_block_size(tmp_path, monkeypatch):
     made = finished("block_size", lambda name, size, _: 2.6 if name == "plain" else 2.5 + size / 1000, 3)
     text, figure = page("block_size", made, tmp_path, monkeypatch)
+    assert "7 rows, seeds 0, 1, 2. All runs" in text
+    assert "no more than seeds do (3 here); another text than austen; another size than 12,345 param" in text
+    assert f"for each shape: all have {made[0].config['optim.lr']:g}." in text
     assert "| 16 | 2 | 3 | 2.5260 ± 0.0100 | 1.753 |" in text
     assert "| plain |  | 3 | 2.6100 ± 0.0100 | 1.766 |" in text
     axes = figure.axes[0]
@@ -65,8 +69,11 @@ def test_depth_against_width(tmp_path, monkeypatch):
     def bits(name, _, ratio):
         return (2.6 if name == "plain" else 2.5) + abs(np.log2(ratio / 8)) / 10
 
-    text, figure = page("depth_width", finished("depth_width", bits), tmp_path, monkeypatch)
+    made = finished("depth_width", bits)
+    text, figure = page("depth_width", made, tmp_path, monkeypatch)
+    rates = [one.config["optim.lr"] for one in made]
     assert "over 1 seed: plain at D/L_b = 8, H/L_b = 0.25; block at D/L_b = 8, H/L_b = 0.25." in text
+    assert f"for each shape: it goes by the width, {min(rates):g} to {max(rates):g}." in text
     assert "| 8 | 0.25 | 8 | 64 | 2 | 188 | 2.6000 | 2.5000 |" in text
     for axes, (name, low) in zip(figure.axes[:2], (("plain", 2.6), ("block", 2.5)), strict=True):
         assert axes.get_title() == name

@@ -104,6 +104,19 @@ def test_no_model_trainer_or_stack_code_names_a_scheme():
     assert not words & set(residuals.SCHEMES)
 
 
+def test_a_scheme_is_a_class_of_less_than_80_lines():
+    """With its decorators; one that inherits has its parent's too, which is a scheme itself or a base."""
+    lengths = {}
+    for file in (ROOT / "attnres_jax/residuals").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                first = min(each.lineno for each in (node, *node.decorator_list))
+                lengths[file.stem, node.name] = node.end_lineno - first + 1
+    schemes = {(entry.module, entry.scheme) for entry in residuals.SCHEMES.values()}
+    assert schemes <= set(lengths)
+    assert not {name: lengths[name] for name in schemes if lengths[name] >= 80}
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -5,9 +5,11 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from functools import partial
+from os.path import normpath
 from pathlib import Path
 
 import jax
@@ -232,6 +234,20 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(links) > 2
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_links_of_every_page_lead_into_gits_tree():
+    """Files that git does not keep are nobody else's: a clone's pages would have holes."""
+    said = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept = said.stdout.split("\0")
+    pages = [name for name in kept if name.endswith(".md")]
+    assert "docs/results/README.md" in pages
+    broken = []
+    for page in pages:
+        links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+        inside = [link for link in links if "://" not in link]
+        broken += [f"{page}: {link}" for link in inside if normpath(Path(page).parent / link) not in kept]
+    assert broken == []
 
 
 def test_the_file_map_names_what_exists():

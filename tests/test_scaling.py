@@ -1,6 +1,7 @@
 """attnres_jax.analysis.scaling and statistics: fits, intervals, differences, and the paper's Table 2."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,9 @@ def test_the_command_fits_runs(folders, tmp_path, capsys):
     assert "| plain | 3 |" in text
     assert "| block | 3 |" in text
     assert scaling.SIX in text
+    assert re.search(
+        r"^`python -m attnres_jax .*`; 20\d\d-.*, page of commit .*\. 2 rows, seed 0\.$", text, re.M
+    )
     assert (out / "scaling.png").is_file()
     stored = json.loads((out / "scaling.json").read_text())
     model = configs.model_config(configs.load("quick:plain", ["--config.model.width=16"]), 256)

@@ -1,6 +1,8 @@
 """Every residual scheme: M v = h, its rank, scanned as literal, gradients at depth."""
 
+import re
 from functools import cache
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import toys
 
 from attnres_jax import residuals
-from attnres_jax.analysis import matrix
+from attnres_jax.analysis import matrix, ranks
 
 KINDS = "amkmamkmk"
 D = 8
@@ -163,6 +165,21 @@ def test_semiseparable_rank(name):
     ranks = {matrix.rank(M[:, :, 0, t, g]) for t in range(M.shape[3]) for g in range(min(2, M.shape[-1]))}
     (wanted,) = (rank for rank, names in RANKS.items() if name in names.split())
     assert ranks == {wanted}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("plain", 1), ("highway", 1), ("hc_static", 4), ("block", 6)])
+def test_ranks_of_the_page_are_measured(name, wanted):
+    """By its own toy, of another width of sublayers: 1, m, N."""
+    scheme = residuals.make(name, block_size=ranks.S, sublayers=ranks.L, streams=ranks.STREAMS)
+    assert ranks.measured(scheme) == [wanted]
+
+
+def test_the_page_of_ranks_has_those_found_here():
+    """All schemes; full_recency, whose old outputs fade, is at the edge of what counts as zero."""
+    page = Path(__file__).parent.parent / "docs/results/schemes/ranks.md"
+    found = dict(re.findall(r"^\| (\w+) \| ([\d, ]+) \|", page.read_text(), re.M))
+    wanted = {name: str(rank) for rank, names in RANKS.items() for name in names.split()}
+    assert found == wanted | {"full_recency": "11, 12"}
 
 
 @every

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from attnres_jax import __main__, residuals
-from attnres_jax.analysis import inspect, stream
+from attnres_jax.analysis import inspect, ranks, stream
 from attnres_jax.models.transformer import ModelConfig
 from attnres_jax.residuals.base import Mix
 from attnres_jax.residuals.states import States, Step
@@ -88,13 +88,18 @@ def test_parameters_and_what_nobody_reads_are_not_counted():
     assert stream.moved(Idle(), L).total == pytest.approx(2 * 2 + 1 + 1, abs=3 / L)
 
 
-def test_inspect_prints_all_schemes(tmp_path, capsys):
+def test_inspect_prints_all_schemes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "measured", lambda scheme: [2, 3])
     words = ["inspect", "--config=quick", "--schemes", f"--out={tmp_path}/b.md", "--config.model.blocks=2"]
     assert __main__.main([*words, "--config.block_size=2"]) == 0
     text, printed = (tmp_path / "b.md").read_text(), capsys.readouterr().out
     assert "| plain | 2.00 | 1.00 | 3.00 | 3 |" in text.splitlines()
+    beside = (tmp_path / "ranks.md").read_text()
+    assert text.splitlines()[2] == f"{beside.splitlines()[2]} Ranks of M: [ranks](ranks.md)."
+    assert "| block | 2, 3 | 6 to 10 |" in beside.splitlines()
     for name in residuals.SCHEMES:
         assert f"| {name} |" in text
+        assert f"| {name} | 2, 3 |" in beside
         assert name in printed
     assert __main__.main([*words, "--devices=8"]) == 2
 

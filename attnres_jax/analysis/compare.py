@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from attnres_jax import configs, residuals
-from attnres_jax.analysis import figures
+from attnres_jax.analysis import figures, heatmaps
 from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.figures import Series
+from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.matrix import reach, row_sums
 from attnres_jax.analysis.statistics import Difference, difference
 
@@ -202,7 +203,7 @@ def reach_table(runs: Sequence[Run]) -> tuple[Table, str]:
     return rich, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def report(runs: Sequence[Run], out: Path) -> None:
+def report(runs: Sequence[Run], out: Path, made: Made) -> None:
     """Print the table; write comparison.md, comparison.json and the figures into folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rich, markdown = table(runs)
@@ -214,7 +215,13 @@ def report(runs: Sequence[Run], out: Path) -> None:
     where, reaching = reach_table(runs)
     console.print(where)
     drawn = draw(runs, out)
-    text = ["# Comparison\n", *(f"> **Not like for like:** {note}\n" for note in notes), markdown]
+    head = made.line(len(groups(runs)), {run.config["seed"] for run in runs})
+    text = [
+        "# Comparison\n",
+        f"{head}.\n",
+        *(f"> **Not like for like:** {note}\n" for note in notes),
+        markdown,
+    ]
     text += [LEGEND, reaching, REACHING]
     text += [f"## {caption}\n\n![{caption}]({path.name})\n" for path, caption in drawn]
     (out / "comparison.md").write_text("\n".join(text))
@@ -248,7 +255,7 @@ def draw(runs: Sequence[Run], out: Path) -> list[tuple[Path, str]]:
         ("loss", "Loss", loss_curves(runs)),
         ("depth", "Output RMS and gradient norm", figures.depth_dynamics(*_by_depth(rows))),
         *(_weights(group) for group in rows if weighs_outputs(scheme(group.first.config))),
-        ("matrix", "Depth mixing matrix M", figures.depth_matrices(matrices, token)),
+        ("matrix", "Depth mixing matrix M", heatmaps.depth_matrices(matrices, token)),
     ]
     return [(figures.save(figure, out / f"{name}.png"), caption) for name, caption, figure in made]
 
@@ -262,7 +269,7 @@ def heatmap(label: str, runs: Sequence[Run]) -> figures.Figure:
     """Depth weights of one scheme, in the mean over its runs."""
     kinds = runs[0].kinds
     weights = np.mean([run.statistics.weights for run in runs], axis=0)
-    return figures.weight_heatmap(weights, kinds, scheme(runs[0].config).schedule(len(kinds)), label)
+    return heatmaps.weight_heatmap(weights, kinds, scheme(runs[0].config).schedule(len(kinds)), label)
 
 
 def _weights(group):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from attnres_jax.analysis import figures
-from attnres_jax.analysis.compare import Run
-from attnres_jax.analysis.pages import Made, markdown
+from attnres_jax.analysis import figures, heatmaps
+from attnres_jax.analysis.compare import Run, groups
+from attnres_jax.analysis.made import Made
+from attnres_jax.analysis.pages import markdown
 from attnres_jax.analysis.paper import FIGURE6
 from attnres_jax.configs.shapes import Shape
 from attnres_jax.configs.sweeps import CELLS, GRID
@@ -41,7 +42,7 @@ def depth_width(runs: Sequence[Run], out: Path) -> tuple[str, str]:
         name: np.array([[bits.get((name, ratio, head), np.nan) for head in heads] for ratio in ratios])
         for name in dict.fromkeys(key[0] for key in bits)
     }
-    figures.save(figures.depth_width(tables, ratios, heads), out / "depth_width.png")
+    figures.save(heatmaps.depth_width(tables, ratios, heads), out / "depth_width.png")
     best = [min((loss, *key) for key, loss in bits.items() if key[0] == name) for name in tables]
     found = "; ".join(f"{name} at D/L_b = {ratio:g}, H/L_b = {head:g}" for _, name, ratio, head in best)
     seeds = len({run.config["seed"] for run in runs})
@@ -75,9 +76,28 @@ PAGES: dict[str, Callable[[Sequence[Run], Path], tuple[str, str]]] = {
 def report(page: str, runs: Sequence[Run], made: Made, out: Path) -> None:
     """Write README.md and its figure into `out`."""
     title, body = PAGES[page](runs, out)
-    head = f"`{made.command}`; {made.device}, {made.date}."
-    text = [f"# {title}", body, f"{head} All runs, with caveats: [comparison](comparison.md)."]
+    head = made.line(len(groups(runs)), {run.config["seed"] for run in runs})
+    linked = f"{head}. All runs, with caveats: [comparison](comparison.md)."
+    text = [f"# {title}", body, _limits(runs), linked]
     (out / "README.md").write_text("\n\n".join(text) + "\n")
+
+
+def _limits(runs):
+    seeds, sizes = ({run.config[key] for run in runs} for key in ("seed", "train.steps"))
+    counts = sorted({run.parameters for run in runs})
+    rates, texts = (sorted({run.config[key] for run in runs}) for key in ("optim.lr", "data.corpus"))
+    rate = f"all have {rates[0]:g}" if len(rates) == 1 else f"it goes by the width, {_span(rates, 'g')}"
+    return (
+        f"**Not shown**: the order of rows that differ by no more than seeds do ({len(seeds)} here); another "
+        f"text than {', '.join(texts)}; another size than {_span(counts, ',')} parameters and "
+        f"{_span(sorted(sizes), ',')} updates, far from convergence; a learning rate of its own for each "
+        f"shape: {rate}."
+    )
+
+
+def _span(values, form):
+    """`1 to 3`, or `2` where all are the same."""
+    return " to ".join(dict.fromkeys(format(value, form) for value in (values[0], values[-1])))
 
 
 def _by(runs, key) -> dict:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from attnres_jax.analysis import compare, figures
+from attnres_jax.analysis import compare, figures, heatmaps
 from attnres_jax.analysis.compare import Run
 from attnres_jax.analysis.evidence import (
     Dynamics,
@@ -26,6 +26,7 @@ from attnres_jax.analysis.evidence import (
     structure,
 )
 from attnres_jax.analysis.figures import AGREES, CONTRARY, UNRESOLVED, Panel
+from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.paper import TABLE4
 from attnres_jax.analysis.statistics import LEVEL, difference
 
@@ -34,14 +35,6 @@ MAIN = ("plain", "block", "full", "mhc")
 CLAIMS = (("block", "plain"), ("full", "plain"), ("full", "block"), ("mhc", "plain"), ("full", "mhc"))
 """Pairs named in advance: in the paper the first's loss is the lower."""
 RMS = "RMS over tokens and channels"
-
-
-class Made(NamedTuple):
-    """How the runs were made, for the head of each page."""
-
-    command: str
-    device: str
-    date: str
 
 
 class Page(NamedTuple):
@@ -81,13 +74,13 @@ paper tunes for its baseline."""
 
 
 def _head(table, made):
-    run, seeds = table.runs[0][0], ", ".join(str(run.config["seed"]) for run in table.runs[0])
+    run, seeds = table.runs[0][0], [run.config["seed"] for run in table.runs[0]]
     c = run.config
     return (
-        f"`{made.command}`; {made.device}, {made.date}. {len(table.names)} rows, seeds {seeds}: "
-        f"{c['model.blocks']} transformer blocks ({len(run.kinds)} sublayers) of width {c['model.width']}, "
-        f"{run.parameters:,} parameters (plain), {c['train.steps']} updates of {c['data.batch']} x "
-        f"{c['data.length']} tokens of {c['data.corpus']}, learning rate {c['optim.lr']:g} for all. The "
+        f"{made.line(len(table.names), seeds)}: {c['model.blocks']} transformer blocks ({len(run.kinds)} "
+        f"sublayers) of width {c['model.width']}, {run.parameters:,} parameters (plain), {c['train.steps']} "
+        f"updates of {c['data.batch']} x {c['data.length']} tokens of {c['data.corpus']}, learning rate "
+        f"{c['optim.lr']:g} for all. The "
         "rows of a seed share initial weights where shapes agree, data and their order."
     )
 
@@ -208,7 +201,7 @@ def weights(table: Rows, out: Path) -> Page:
     body = [
         markdown(["scheme", *_words(Structure)], cells),
         *drawn,
-        _figure(figures.depth_matrices(matrices, token), out, "matrices", "Depth mixing matrices"),
+        _figure(heatmaps.depth_matrices(matrices, token), out, "matrices", "Depth mixing matrices"),
         "Means over tokens and reads, ± standard deviation over seeds, without the reads of the first two "
         "sublayers, which have one source or two. The newest source is the last output in Full, in Block "
         "the running sum, or the last block where a block begins. The paper's Figure 8: much weight on the "

@@ -162,8 +162,13 @@ def table2() -> list[Curve]:
     return [Curve(label, compute, np.array([size.loss[label] for size in paper.TABLE2])) for label in labels]
 
 
-def report(curves: Sequence[Curve], definition: str, out: Path, name: str, about: str) -> None:
-    """Print the table and what C is; write NAME.md, NAME.json and NAME.png into folder `out`."""
+def report(
+    curves: Sequence[Curve], definition: str, out: Path, name: str, about: str, made: str = ""
+) -> None:
+    """Print the table and what C is; write NAME.md, NAME.json and NAME.png into folder `out`.
+
+    `made`: of runs, how.
+    """
     out.mkdir(parents=True, exist_ok=True)
     found, unit = rows(curves), _unit(curves)
     header, cells = _cells(found, largest(curves), unit)
@@ -175,7 +180,13 @@ def report(curves: Sequence[Curve], definition: str, out: Path, name: str, about
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     figures.save(draw(curves, definition), out / f"{name}.png")
-    text = (f"# {about}", markdown, f"{definition}. {LEGEND}", f"![Loss against compute]({name}.png)")
+    text = (
+        f"# {about}",
+        *([made] if made else []),
+        markdown,
+        f"{definition}. {LEGEND}",
+        f"![Loss against compute]({name}.png)",
+    )
     (out / f"{name}.md").write_text("\n\n".join(text) + "\n")
     (out / f"{name}.json").write_text(json.dumps(_json(found, curves, definition), indent=1) + "\n")
     console.print(f"Wrote {out / name}.md, .json and .png", markup=False)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnres_jax import residuals
+from attnres_jax.analysis import made, ranks
 from attnres_jax.depth import Rows
 from attnres_jax.models.transformer import ModelConfig
 from attnres_jax.residuals.base import Scheme
@@ -94,7 +95,8 @@ def moved(scheme: Scheme, sublayers: int) -> Moved:
 
 
 def report(config: ModelConfig, out: Path | None) -> None:
-    """Print the table of all schemes at the sizes of `config`; with `out` also write it, as markdown."""
+    """Print the table of all schemes at the sizes of `config`; with `out` also write it, as markdown, and
+    ranks.md beside it."""
     header = ["residual", "reads", "writes", "counted", "Table 1"]
     rows = [_row(replace(config, residual=name)) for name in residuals.SCHEMES]
     title = (
@@ -107,9 +109,19 @@ def report(config: ModelConfig, out: Path | None) -> None:
     Console().print(rich)
     if out:
         lines = [" | ".join(cells) for cells in (header, ["---", *["---:"] * 4], *rows)]
-        text = [f"# {title}", "", *(f"| {line} |" for line in lines), "", str(__doc__).strip()]
+        head = f"`{made.typed()}`, page of commit {made.commit()}."
+        text = [
+            f"# {title}",
+            "",
+            f"{head} Ranks of M: [ranks](ranks.md).",
+            "",
+            *(f"| {line} |" for line in lines),
+            "",
+            str(__doc__).strip(),
+        ]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(text) + "\n")
+        ranks.write(out.with_name("ranks.md"), head)
 
 
 def _row(config):

@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attnres_jax.analysis.made import commit
 from attnres_jax.bench import report
 from attnres_jax.configs import UserError
 
@@ -109,7 +110,7 @@ def main(words: list[str]) -> int:
         if json.dumps(names) in done:
             continue
         for found in _measured(case, Path(args["dumps"])):
-            row = names | found | {"versions": report.versions(), "commit": report.commit()}
+            row = names | found | {"versions": report.versions(), "commit": commit()}
             print(_line(row), flush=True)
             report.append(row, out)
     return 0

@@ -3,15 +3,15 @@
 import importlib.metadata
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from attnres_jax.analysis.made import commit
 
 PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "jax-triton", "triton", "nvidia-cuda-nvcc"),
     *("torch", "fla-core", "fast-attnres", "flash-attn-res", "liger-kernel"),
 )
-ROOT = Path(__file__).parents[2]
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -23,20 +23,6 @@ def versions() -> dict[str, str]:
     """Of the packages that make the numbers, those that are installed."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {name: found[name] for name in PACKAGES if name in found}
-
-
-def commit() -> str:
-    """Of the working tree this code lies in, with "+" where files differ from it; "unknown" elsewhere."""
-    if not (ROOT / ".git").exists():
-        return "unknown"
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return said.stdout.strip() or "unknown"
 
 
 def rows(file: Path | None) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attnres_jax.analysis.made import commit
 from attnres_jax.bench import report, target
 
 KERNELS = ("depth_mix_forward", "depth_mix_backward", "depth_merge_forward", "depth_merge_backward")
@@ -107,7 +108,7 @@ def main(words: list[str]) -> int:
             continue
         found = _measured(case, traced, device, chip, Path(args["dumps"])) if traced else {"error": text}
         row = names | found
-        row |= {"versions": report.versions(), "commit": report.commit()}
+        row |= {"versions": report.versions(), "commit": commit()}
         print(_line(row), flush=True)
         report.append(row, out)
     return 0

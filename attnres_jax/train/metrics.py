@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from attnres_jax.analysis import figures
+from attnres_jax.analysis import heatmaps
 from attnres_jax.analysis.dynamics import DepthStatistics, weighs_outputs
 from attnres_jax.analysis.inspect import cost
 from attnres_jax.configs import Config
@@ -138,7 +138,7 @@ class MetricLog:
 
     def _picture(self, weights, step):
         schedule = self._model.scheme.schedule(self._model.sublayers)
-        figure = figures.weight_heatmap(weights, self._model.kinds, schedule, f"step {step}")
+        figure = heatmaps.weight_heatmap(weights, self._model.kinds, schedule, f"step {step}")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -76,6 +76,13 @@ def take(folder: Path, deep: bool) -> Reading:
     return reading
 
 
+def device(folder: Path) -> str:
+    """Where a kept reading was taken, in words; "" where there is none, or another version's."""
+    with contextlib.suppress(workdir.RunError):
+        return _kept(folder / FILE).device
+    return ""
+
+
 def _enough(file, deep, without):
     """What was kept, if it is as deep as asked for."""
     reading = _kept(file)

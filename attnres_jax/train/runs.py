@@ -6,43 +6,44 @@ from pathlib import Path
 
 from attnres_jax import configs
 from attnres_jax.analysis import compare as comparison
-from attnres_jax.analysis import grids, inspect, pages, scaling
+from attnres_jax.analysis import grids, inspect, made, pages, scaling
 from attnres_jax.train import readings
 from attnres_jax.train.data import open_corpus
 from attnres_jax.train.readings import Reading
 from attnres_jax.train.workdir import EVALUATION, RunError, load_config, read_json, read_rows
 
 
-def compare(workdirs: Sequence[Path], out: Path, at_once: int = 1, page: str = "", command: str = "") -> None:
+def compare(workdirs: Sequence[Path], out: Path, at_once: int = 1, page: str = "") -> None:
     """Print and write the comparison of the runs in `workdirs` into the folder `out`.
 
-    `at_once`: how many models are looked at in parallel. `page`: one of `grids.PAGES`, to be written too;
-    it says that `command` made the runs.
+    `at_once`: how many models are looked at in parallel. `page`: one of `grids.PAGES`, to be written too.
     """
     found, taken = read(workdirs, (), at_once)
+    how = _made(workdirs, [one.device for one in taken])
     try:
-        comparison.report(found, out)
+        comparison.report(found, out, how)
     except comparison.NotComparable as error:
         raise RunError(str(error)) from None
     if page:
-        grids.report(page, found, _made(workdirs, taken, command), out)
+        grids.report(page, found, how, out)
 
 
-def evidence(workdirs: Sequence[Path], command: str, out: Path, at_once: int = 1) -> None:
+def evidence(workdirs: Sequence[Path], out: Path, at_once: int = 1) -> None:
     """Write the pages of evidence of finished runs of Table 4's rows, and their comparison, into `out`."""
     found, taken = read(workdirs, pages.MAIN, at_once)
+    how = _made(workdirs, [one.device for one in taken])
     looks = {run.name: one.look for run, one in zip(found, taken, strict=True) if one.look}
     try:
-        comparison.report(found, out)
-        pages.report(found, looks, _made(workdirs, taken, command), out)
+        comparison.report(found, out, how)
+        pages.report(found, looks, how, out)
     except comparison.NotComparable as error:
         raise RunError(str(error)) from None
 
 
-def _made(workdirs, taken, command):
+def _made(workdirs, devices):
     days = sorted({time.strftime("%Y-%m-%d", time.gmtime(_ended(workdir))) for workdir in workdirs})
-    devices = " and ".join(dict.fromkeys(one.device for one in taken))
-    return pages.Made(command, devices, " to ".join(dict.fromkeys((days[0], days[-1]))))
+    device = " and ".join(filter(None, dict.fromkeys(devices)))
+    return made.Made(made.typed(), device, " to ".join(dict.fromkeys((days[0], days[-1]))), made.commit())
 
 
 def _ended(workdir):
@@ -54,7 +55,9 @@ def fit_scaling(workdirs: Sequence[Path], exact: bool, out: Path) -> None:
     definition = scaling.EXACT if exact else scaling.SIX
     try:
         curves = scaling.paired(points(workdirs, exact))
-        scaling.report(curves, definition, out, "scaling", "Scaling laws")
+        seeds = {load_config(workdir).seed for workdir in workdirs}
+        how = _made(workdirs, map(readings.device, workdirs)).line(len(curves), seeds)
+        scaling.report(curves, definition, out, "scaling", "Scaling laws", f"{how}.")
     except scaling.NotFitted as error:
         raise RunError(str(error)) from None
 

@@ -78,11 +78,10 @@ def sweep(chosen: Sweep, made: Sequence[Job], at_once: int, out: Path) -> None:
     several = len({job.member.config.seed for job in made}) > 1
     if chosen.claims and not several:
         print(_no_pages(out), file=sys.stderr)
-    command = shlex.join(["python", "-m", "attnres_jax", *sys.argv[1:]])
     if chosen.claims and several:
-        runs.evidence(folders, command, out, at_once)
+        runs.evidence(folders, out, at_once)
     else:
-        runs.compare(folders, out, at_once, chosen.page, command)
+        runs.compare(folders, out, at_once, chosen.page)
     if chosen.sizes:
         runs.fit_scaling(folders, False, out)
 
