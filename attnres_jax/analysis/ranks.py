@@ -9,6 +9,7 @@ others it says none, and what is measured is reported.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from attnres_jax.stack import Layer, through_depth
 
 L, S, D, STREAMS, SPREAD = 24, 4, 8, 4, 0.3
 MOST = L // 2 + 1
-PAPER = dict.fromkeys(("plain", "rezero", "layerscale", "highway"), "1")
-PAPER |= dict.fromkeys(("hc", "hc_static", "mhc"), f"m = {STREAMS}")
+PAPER: dict[str, str] = dict.fromkeys(("plain", "rezero", "layerscale", "highway"), "1")
+PAPER |= dict[str, str].fromkeys(("hc", "hc_static", "mhc"), f"m = {STREAMS}")
 PAPER |= {"block": f"{L // S} to {L // S + S}", "full": f"L, here at most {MOST}"}
 """Where section 2 of the paper has one."""
 QUICK = {"xla_backend_optimization_level": 0}
@@ -39,7 +40,7 @@ def measured(scheme: Scheme, seed: int = 0) -> list[int]:
 
     def run(mix, kernels, x):
         layers = {"m": Layer(partial(partial, _same), _sublayer, kernels)}
-        record = through_depth(scheme, mix, "m" * L, layers, x, record=True).record
+        record: Any = through_depth(scheme, mix, "m" * L, layers, x, record=True).record
         return matrix.diagonal(scheme, record)
 
     with jax.enable_x64(True):
