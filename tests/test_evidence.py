@@ -142,6 +142,10 @@ def test_pages(tmp_path):
     assert "| plain | 1.00 ± 0.00 | 8.00 ± 0.00 | 8.00 ± 0.00 | 7.00 ± 0.00 |" in text["dynamics"]
     assert "8.00 at its largest and rises after every sublayer" in text["dynamics"]
     assert "rises, in the median over sublayers, by plain 0.450" in text["skipping"]
+    share = r"full gives its newest source (\d\.\d{3}) \(([+-]\d\.\d{3}) ± \d\.\d{3} to an equal share\)"
+    newest, excess = map(float, re.search(share, text["weights"]).groups())
+    (row,) = (line for line in text["weights"].splitlines() if line.startswith("| full |"))
+    assert newest - excess == pytest.approx(float(row.split("|")[5].split()[0]), abs=0.0011)
 
 
 def test_gradients_are_those_of_the_second_half():

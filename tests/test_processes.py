@@ -1,5 +1,6 @@
 """Several processes train as one: same data, same losses; told or killed, none is left waiting."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from attnres_jax.configs import UserError
 from attnres_jax.parallel import processes
+from attnres_jax.train import data
 
 SAME = {"rtol": 2e-5}  # fp32, sums over the batch in another order
 # Each process is a stage of a pipeline. The last of four has a transformer block more: then layers in order
@@ -103,6 +105,34 @@ def test_processes_are_one(alone, tmp_path, count, mesh):
     code, said = cluster.run(cluster.command(tmp_path / "run", **mesh), count)
     assert code == 0, said
     assert_same_losses(tmp_path / "run", alone(mesh.get("model__blocks", cluster.TINY["model.blocks"])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [{"mesh__data": 1, "mesh__fsdp": 2}, STAGED | {"mesh__data": 1}], ids=["fsdp", "stages"]
+)
+def test_both_are_asked(tmp_path, mesh):
+    """`eval` and `sample` of a run of two processes, on both: one file and one text, those of one process."""
+    text = np.frombuffer(b"Stages keep step. " * 40, np.uint8)
+    data.prepare(tmp_path / "corpus", text[:600], text[600:], vocab=256, source="a sentence", bytewise=True)
+    run = tmp_path / "run"
+    words = cluster.command(run, train__steps=2, data__corpus=tmp_path / "corpus", **mesh)
+    code, said = cluster.run(words, 2)
+    assert code == 0, said
+    found = []
+    for count in (2, 1):
+        answers = []
+        for asked in (["eval"], ["sample", "--prompt=Stag", "--length=3", "--temperature=0"]):
+            words = [sys.executable, "-m", "attnres_jax", asked[0], f"--workdir={run}", *asked[1:]]
+            code, said = cluster.run(words, count)
+            assert code == 0, said
+            assert ("on one device" in said) == (count == 1)
+            answers.append(said)
+        loss = json.loads((run / "eval-2.json").read_text())["loss"]
+        assert answers[0].count("By position") == answers[1].count("Stag") == 1
+        found.append((loss, answers[1][answers[1].index("Stag") :]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-5)
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.slow

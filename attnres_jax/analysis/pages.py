@@ -193,9 +193,9 @@ def weights(table: Rows, out: Path) -> Page:
     token = "last token of the first held-out window, first seed"
     cells = [[table.label(name), *_columns(found[name], 3)] for name in weighed]
     said = [
-        f"{table.label(name)} gives its newest source {_mean(found[name], 0):.2f} (all alike: "
-        f"{_mean(found[name], 3):.2f}), the embedding {_mean(found[name], 1):.2f} before attention and "
-        f"{_mean(found[name], 2):.2f} before MLP"
+        f"{table.label(name)} gives its newest source {_mean(found[name], 0):.3f} "
+        f"({_excess(found[name], 0, 3)} to an equal share), the embedding {_mean(found[name], 1):.3f} before "
+        f"attention ({_excess(found[name], 1, 2)} to before MLP)"
         for name in weighed
     ]
     body = [
@@ -206,7 +206,7 @@ def weights(table: Rows, out: Path) -> Page:
         "sublayers, which have one source or two. The newest source is the last output in Full, in Block "
         "the running sum, or the last block where a block begins. The paper's Figure 8: much weight on the "
         "predecessor, lasting weight on the embedding, more before attention than before MLP, a few long "
-        "skips.",
+        f"skips. Behind ±: intervals of differences, paired by seed, at {LEVEL:.0%}.",
         "**Not shown**: the weights of a token, which means hide, or use: norms of sources differ.",
     ]
     return Page("Learned depth weights", "; ".join(said) + "." if said else "No such row was run.", body)
@@ -339,6 +339,12 @@ def _evenness(found):
 def _rising(found, table):
     last, rises = len(table.runs[0][0].kinds) - 1, [each.stream_rises for each in found]
     return " and rises after every sublayer" if min(rises) == last else ""
+
+
+def _excess(found, first, second):
+    """Of one number of each run over another: mean and interval."""
+    of = difference([run[first] - run[second] for run in found])
+    return f"{of.mean:+.3f}" + (f" ± {of.half:.3f}" if of.half is not None else "")
 
 
 def _mean(found, at):
