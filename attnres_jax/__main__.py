@@ -242,6 +242,8 @@ def _inspect(args):
         raise configs.UserError("--schemes goes with neither --pipeline nor --devices: it counts one token")
     if args.out and not (args.pipeline or args.schemes):
         raise configs.UserError("--out goes with --pipeline or --schemes: without them there is no file")
+    if args.schemes and args.out and args.out.name == "ranks.md":
+        raise configs.UserError("--out: ranks.md is the name of the second page of --schemes, name another")
     if args.config:
         config = configs.load(args.config, args.overrides)
     else:

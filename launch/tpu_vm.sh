@@ -9,7 +9,7 @@
 #   wait          until it is there
 #   push          the committed code, onto every host
 #   setup         on every host: Python, MOUNT, the packages of requirements/tpu.txt
-#   start WORDS   the train command on every host, in the background
+#   start WORDS   the train command on every host, in the background; or, of a run: start eval --workdir=...
 #   logs          the first host's output until the run ends (HOSTS=all: every host's)
 #   code          the run's exit code: 0 at its end, 75 stopped before, "running"
 #   stop          the run saves and ends; start goes on from there

@@ -253,7 +253,7 @@ def test_report(tmp_path, capsys):
         "40.96k",
         "12,346",
     )
-    line = "`the command`; 2 CPU cores, JAX 1.2, today, page of commit abc. 2 rows, seeds 0, 1."
+    line = "`the command`; read on 2 CPU cores, JAX 1.2, today, page of commit abc. 2 rows, seeds 0, 1."
     assert text.splitlines()[2] == line
     assert "**Not like for like:** runs differ in the set of seeds" in text
     assert "Not like for like" in capsys.readouterr().out

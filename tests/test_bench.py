@@ -95,8 +95,10 @@ def test_ratios_are_round_by_round():
     assert summary["ratio_95_percent"] == (1.5, 1.5)
 
 
-def test_the_commit_is_that_of_this_tree():
+def test_the_commit_is_that_of_this_tree(monkeypatch):
     assert len(made.commit().rstrip("+")) >= 7
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert made.commit() == "unknown"
 
 
 @pytest.mark.parametrize("module", ["traffic"])

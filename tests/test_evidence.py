@@ -123,7 +123,10 @@ def test_pages(tmp_path):
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.md")}
     assert set(text) == {"README", "schemes", "dynamics", "ablations", "weights", "skipping"}
     for name, page in text.items():
-        assert "`make evidence`; 2 CPU cores, today, page of commit abc. 6 rows, seeds 0, 1, 2: 4 tra" in page
+        assert (
+            "`make evidence`; read on 2 CPU cores, today, page of commit abc. 6 rows, seeds 0, 1, 2: 4 tra"
+            in page
+        )
         assert "**Not shown**" in page or name == "README"
         assert f"({name}.md)" in text["README"] or name == "README"
         drawn = re.findall(r"!\[.*\]\((.*)\)", page)

@@ -46,25 +46,43 @@ def test_a_scheme_looks_the_same_beside_any_others():
     assert found["hc S=2"] not in alone.values()
 
 
-def test_looks_that_pages_have_are_for_ever():
-    """Those of the figures of docs/results/evidence."""
-    names = [keys["residual"] for keys in sweeps.TABLE4.values()]
-    assert "".join(f"{name} {' '.join(style)}\n" for name, style in looks.styles(names).items()) == EVIDENCE
+def test_looks_are_for_ever():
+    """Figures of different days are compared; a new scheme is a new line here."""
+    found = looks.styles(list(looks.LOOKS))
+    assert "".join(f"{name} {' '.join(style)}\n" for name, style in found.items()) == PINNED
 
 
-EVIDENCE = """\
+PINNED = """\
 plain #000000 - o
-denseformer #56B4E9 - o
-mhc #009E73 - o
-full #D55E00 - o
-full_input_query #E69F00 - o
-full_static #882255 - o
-full_sigmoid #E69F00 -- s
-full_unnormed #56B4E9 -- s
-window #CC79A7 - o
 block #0072B2 - o
+full #D55E00 - o
+mhc #009E73 - o
+full_static #882255 - o
 block_heads #882255 -- s
+mhc_lite #882255 : ^
+mrla #882255 -. D
+delta #882255 - v
+layerscale #882255 -- P
+siamese #882255 : X
+window #CC79A7 - o
+hc #CC79A7 -- s
+ddl #CC79A7 : ^
+full_recency #CC79A7 -. D
+block_sliced #CC79A7 - v
+delta_block #CC79A7 -- P
+highway #CC79A7 : X
+full_input_query #E69F00 - o
+full_sigmoid #E69F00 -- s
+densenet #E69F00 : ^
+block_additive #E69F00 -. D
+deepnorm #E69F00 - v
+hc_static #E69F00 -- P
+denseformer #56B4E9 - o
+full_unnormed #56B4E9 -- s
 block_unnormed #56B4E9 : ^
+rezero #56B4E9 -. D
+keel #56B4E9 - v
+rms_block #56B4E9 -- P
 """
 
 
@@ -142,6 +160,18 @@ def test_a_run_that_diverged_hides_no_others():
     few = figures.loss_curves(runs[:5], runs[:5]).axes[1]
     assert few.get_ylim()[1] > 40
     assert not few.texts
+
+
+def test_a_run_that_ended_early_is_not_above():
+    names = list(SCHEMES)[:10]
+    runs = [figures.Series(name, [1, 5, 10], [9.0, 2.5, 2.0]) for name in names]
+    runs[4] = figures.Series(names[4], [1, 4], [9.0, 2.1])
+    assert not any(axes.texts for axes in figures.loss_curves(runs, runs).axes)
+
+
+def test_a_loss_that_is_no_number_is_drawn_all_the_same():
+    nowhere = [figures.Series("plain", [1, 10], [np.nan, np.nan])]
+    assert len(figures.loss_curves(nowhere, nowhere).axes) == 2
 
 
 def test_seeds_are_averaged_in_one_line():

@@ -30,7 +30,7 @@ def page(name, made, out, monkeypatch):
     grids.report(name, made, MADE, out)
     text = (out / "README.md").read_text()
     assert f"({drawn[0][1]})" in text
-    assert "`the command`; 2 CPU cores, today, page of commit abc. " in text
+    assert "`the command`; read on 2 CPU cores, today, page of commit abc. " in text
     assert not list(untidy(drawn[0][0]))
     return text, drawn[0][0]
 

@@ -44,6 +44,7 @@ DRY = {
         TPU | {"SLICES": "2", "RESERVED": "1", "TYPE": "v5p-128"},
         ["create"],
     ),
+    "tpu_vm-start-eval": ("tpu_vm.sh", TPU, ["start", "eval", "--workdir=/mnt/attnres/d12"]),
     "tpu_vm-wait": ("tpu_vm.sh", TPU, ["wait"]),
     "tpu_vm-logs-all": ("tpu_vm.sh", TPU | {"HOSTS": "all"}, ["logs"]),
     "tpu_vm-code": ("tpu_vm.sh", TPU, ["code"]),
@@ -57,6 +58,7 @@ DRY = {
     "host-setup-bucket": ("host.sh", {"MOUNT": "gs://my-bucket"}, ["setup"]),
     "host-start": ("host.sh", {}, ["start", *WORDS, "--config.data.corpus=/a b"]),
     "worker": ("worker.sh", {}, WORDS),
+    "worker-sample": ("worker.sh", {}, ["sample", "--workdir=/mnt/attnres/d12", "--prompt=It is"]),
     "gke-build": ("gke.sh", GKE, ["build"]),
     "gke-apply": ("gke.sh", GKE | {"TOPOLOGY": "8x8"}, ["apply", *WORDS]),
     "gke-apply-two": (

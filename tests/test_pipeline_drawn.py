@@ -113,6 +113,7 @@ def test_streams_are_the_configs(capsys):
         (("--pipeline=1x2x8",), "at least 2 stages"),
         (("--pipeline=16x2x32",), "12 transformer blocks cannot fill 32 chunks"),
         (("--out=a.png",), "--out goes with --pipeline"),
+        (("--schemes", "--out=a/ranks.md"), "ranks.md is the name of the second page"),
         (("--pipeline=4x2x8", "--devices=4"), "--devices does not go with --pipeline"),
     ],
 )

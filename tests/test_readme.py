@@ -206,8 +206,9 @@ def check_launch(script, words):
     if script == "launch/local_cluster.sh":  # has no dry run
         check_program(words[2:])
         words = [*words[:2], "true"]
-    elif train := [word for word in words if word.startswith("--")]:
-        check_program(["python", "-m", "attnres_jax", "train", *train])
+    elif given := [word for word in words if word.startswith("--")]:
+        command = words[1] if words[1:2] in (["eval"], ["sample"]) else "train"
+        check_program(["python", "-m", "attnres_jax", command, *given])
     ran = launched.run(Path(script).name, launched.DRY_RUN, words)
     assert ran.returncode == 0, ran.stderr
 

@@ -12,7 +12,8 @@ from test_train import compile_once  # noqa: F401 the fixture: both commands sha
 
 from attnres_jax import __main__, configs
 from attnres_jax.parallel import mesh as meshes
-from attnres_jax.train import data, state, step, workdir
+from attnres_jax.parallel import processes
+from attnres_jax.train import data, restored, state, step, workdir
 from attnres_jax.train.checkpoint import Checkpoints
 from attnres_jax.train.restored import restore
 
@@ -115,5 +116,22 @@ def test_too_few_devices_are_said(saved, run_on, capsys, monkeypatch):
     _, wanted, expected = said(capsys, saved / "run")
     assert (found, text) == (wanted, expected)
     monkeypatch.setattr(jax, "process_count", lambda: 2)  # several processes have no one device
+    monkeypatch.setattr(processes, "agree", lambda step: step)
     assert __main__.main(["eval", f"--workdir={run}"]) == 2
     assert "does not fit 1 devices" in capsys.readouterr().err
+
+
+def test_processes_take_the_same_checkpoint(saved, monkeypatch):
+    """That of the first: another, which would take a newer one, is told; so is what the first met."""
+    told = []
+    monkeypatch.setattr(processes, "agree", lambda step: told.append(step) or 7)
+    assert restored._agreed(saved / "run", None) == 7
+    monkeypatch.setattr(processes, "first", lambda: False)
+    assert restored._agreed(saved / "nowhere", None) == 7
+    monkeypatch.setattr(processes, "agree", lambda step: -1)
+    with pytest.raises(workdir.RunError, match="the first process could not take"):
+        restored._agreed(saved / "run", None)
+    monkeypatch.setattr(processes, "first", lambda: True)
+    with pytest.raises(workdir.RunError, match="no checkpoint of step 5; there are: 3"):
+        restored._agreed(saved / "run", 5)
+    assert told == [STEP, -1]

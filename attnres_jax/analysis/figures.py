@@ -53,7 +53,7 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
     figure, columns, looks = _columns(train)
     last = max(max(line.x) for line in train)
     late = [(line.label, y) for line in (*train, *heldout) for y in _late(line, last)]
-    losses = [y for _, y in late]
+    losses = [y for _, y in late if math.isfinite(y)] or [0.0, 1.0]
     low, high = min(losses), max(losses)
     if len(columns) > 1:
         high = min(high, low + FAR * (float(np.median(losses)) - low))
@@ -64,10 +64,10 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
             _dots(axes, _of(names, heldout), looks)
             axes.set(xlabel="step (optimizer updates)", ylabel="bits / byte")
         end.set(xlim=(0.49 * last, 1.01 * last), ylim=(low - margin, high + margin))
-        far = [
-            name for name in names if min((y for label, y in late if label == name), default=math.inf) > high
-        ]
-        if far:
+        ends = {name: [y for label, y in late if label == name] for name in names}
+        # A run that ended before the second half is not above.
+        far = [name for name, ys in ends.items() if ys and not any(y <= high for y in ys)]
+        if far and len(columns) > 1:
             end.text(0.98, 0.97, f"above: {', '.join(far)}", transform=end.transAxes, ha="right", va="top")
     _title(columns, "Training (lines), held-out (large marks)", "The second half")
     _legend(figure, columns)
@@ -75,7 +75,7 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
 
 
 def _late(line, last):
-    return [y for x, y in zip(line.x, line.y, strict=True) if x >= last / 2 and math.isfinite(y)]
+    return [y for x, y in zip(line.x, line.y, strict=True) if x >= last / 2]
 
 
 def _columns(lines):

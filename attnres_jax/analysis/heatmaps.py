@@ -64,7 +64,7 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
     signed = bool(np.any(entries < -1e-6))
     for (label, matrix), axes in zip(matrices.items(), panels, strict=False):
         reads = len(matrix)
-        largest = float(np.max(np.abs(matrix[past[label]])))
+        largest = float(np.nanmax(np.abs(matrix[past[label]])))
         norm, colours = _scale(largest if largest > BEYOND else 1.0, signed)
         _image(axes, np.where(past[label], matrix, np.nan), norm, colours, "equal")
         _ticks(axes.xaxis, ["emb", *map(str, range(1, reads))])
@@ -76,9 +76,8 @@ def depth_matrices(matrices: Mapping[str, Float[Any, "reads outputs"]], token: s
     for axes in panels[len(matrices) :]:
         axes.remove()
     norm, colours = _scale(1.0, signed)
-    unit = (
-        "weight" if np.max(np.abs(entries)) <= BEYOND else "weight, over its panel's scale where it has one"
-    )
+    scaled = np.nanmax(np.abs(entries)) > BEYOND
+    unit = "weight, over its panel's scale where it has one" if scaled else "weight"
     _colourbar(figure, panels[: len(matrices)], unit, norm, colours, _tick_values(norm))
     figure.suptitle(f"Depth mixing matrix M, {token}", fontsize="medium")
     return figure

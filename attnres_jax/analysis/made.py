@@ -15,7 +15,7 @@ class Made(NamedTuple):
 
     command: str
     device: str
-    """With JAX's version, in words; "" where it was not kept."""
+    """Where the runs' models were read, with JAX's version, in words; "" where it was not kept."""
     date: str
     """When the runs ended."""
     commit: str
@@ -23,7 +23,7 @@ class Made(NamedTuple):
 
     def line(self, rows: int, seeds: Collection[int]) -> str:
         """Without a full stop: a page goes on with what else its runs have in common."""
-        device = f"{self.device}, " if self.device else ""
+        device = f"read on {self.device}, " if self.device else ""
         counted = f"{rows} row{'s' * (rows > 1)}, seed{'s' * (len(seeds) > 1)}"
         said = f"{device}{self.date}, page of commit {self.commit}. {counted}"
         return f"`{self.command}`; {said} {', '.join(map(str, sorted(seeds)))}"
@@ -38,11 +38,9 @@ def commit() -> str:
     """Of the working tree this code lies in, with "+" where files differ from it; "unknown" elsewhere."""
     if not (ROOT / ".git").exists():
         return "unknown"
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no such program
+        return "unknown"
     return said.stdout.strip() or "unknown"

@@ -101,21 +101,22 @@ class Pipelined:
     def logits(self, params: Any, text: Int[Array, " T"], at: Int[Array, ""]) -> Float[Array, " V"]:
         """Of the token after position `at` of one text, which sees none behind it.
 
-        The text fills a batch, of which the first row counts."""
-        count = self.config.train.accumulation
+        The text fills a microbatch for each stage, of which the first row counts."""
+        count = self.stages
         tokens = meshes.repeated(jnp.append(text, 0), self.place.mesh, count)
         batch = {"tokens": tokens, "counts": jnp.arange(len(tokens)) == 0}
-        batch = {name: self._microbatches(value) for name, value in batch.items()}
+        batch = {name: meshes.microbatches(value, count) for name, value in batch.items()}
         batch["at"] = jnp.broadcast_to(at, count)
 
         def head(last, unembedding, h, micro):
             h = self.place.enter(self._normed(last, h))[:, micro["at"]]
             own = transformer.logits(h, unembedding)  # of every P-th column
             own = jnp.sum(jnp.where(micro["counts"][:, None], own, 0), 0)
-            spread = own[:, None] * (jnp.arange(self.stages) == lax.axis_index(meshes.STAGE))
-            return lax.psum(spread, meshes.STAGE).reshape(-1)
+            mine = jnp.arange(self.stages) == lax.axis_index(meshes.STAGE)
+            return lax.psum(jnp.where(mine, own[:, None], 0), meshes.STAGE).reshape(-1)
 
-        return self.pipeline(model=self._model(head)).forward(self._parts(params), batch)
+        table = Timetable(self.stages, self.config.train.virtual_stages, count)
+        return self.pipeline(model=self._model(head), table=table).forward(self._parts(params), batch)
 
     def _parts(self, params):
         whole = state.merge(self.model, params)

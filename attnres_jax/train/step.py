@@ -150,8 +150,9 @@ class Whole:
         self, config: Config, model: ModelConfig, mesh: Mesh, end: int | None, implementation: str | None
     ):
         self.config, self.model, self.mesh, self.end = config, model, mesh, document_end(config, end)
-        self.how = {"placement": meshes.placement(mesh), "implementation": implementation}
-        self.predict = configured(config, model.vocab, end, *self.how.values())
+        place = meshes.placement(mesh)
+        self.how = {"placement": place, "implementation": implementation}
+        self.predict = configured(config, model.vocab, end, place, implementation)
 
     def value_and_grad(
         self, params: Any, tokens: Int[Array, "B T1"], count: Int[Array, ""]
