@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,9 +169,11 @@ def finished(folder, name, size, **changes):
     return path
 
 
-def test_the_command_fits_runs(folders, tmp_path, capsys):
+def test_the_command_fits_runs(folders, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    assert __main__.main(["scaling", *map(str, folders), f"--out={out}"]) == 0
+    words = ["scaling", *map(str, folders), f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["-m", *words])
+    assert __main__.main(words) == 0
     said = capsys.readouterr().out
     assert "C = 6 x active parameters x tokens" in said
     text = (out / "scaling.md").read_text()
@@ -178,7 +181,7 @@ def test_the_command_fits_runs(folders, tmp_path, capsys):
     assert "| block | 3 |" in text
     assert scaling.SIX in text
     assert re.search(
-        r"^`python -m attnres_jax .*`; 20\d\d-.*, page of commit .*\. 2 rows, seed 0\.$", text, re.M
+        r"^`python -m attnres_jax scaling .*`; 20\d\d-.*, page of commit .*\. 2 rows, seed 0\.$", text, re.M
     )
     assert (out / "scaling.png").is_file()
     stored = json.loads((out / "scaling.json").read_text())
