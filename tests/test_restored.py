@@ -107,6 +107,15 @@ def test_logits_are_the_models(saved):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
+def test_another_corpus_is_said(saved, run_on, tmp_path, capsys):
+    """Of fewer token values than the run was trained on."""
+    text = np.zeros(100, np.uint8)
+    data.prepare(tmp_path / "other", text, text, vocab=128, source="another", bytewise=True)
+    run = run_on(**{"data.corpus": str(tmp_path / "other"), "data.segments": False})
+    assert __main__.main(["eval", f"--workdir={run}"]) == 2
+    assert "another vocabulary than the corpus has now: put the corpus back" in capsys.readouterr().err
+
+
 def test_too_few_devices_are_said(saved, run_on, capsys, monkeypatch):
     """A run of a pod on a laptop: one device computes, and the error output has the reason."""
     run = run_on(**STAGED)

@@ -271,7 +271,7 @@ def _lines(axes: Axes, lines, looks: Mapping[str, Style], **look):
     """A line for each label: the mean over its seeds, at the x that all of them have.
 
     `looks` are those of all labels of the figure: of at most `FEW` the seeds, if several, are drawn too,
-    faint; of more than `MANY` the first, which is in all panels, is faint. `look` is that of the means alone.
+    faint. `look` is that of the means alone.
     """
     for label in dict.fromkeys(line.label for line in lines):
         paint, dash, marker = looks[label]
@@ -279,7 +279,7 @@ def _lines(axes: Axes, lines, looks: Mapping[str, Style], **look):
         seeds = [line for line in lines if line.label == label]
         for seed in seeds if len(seeds) > 1 and len(looks) <= FEW else ():
             axes.plot(seed.x, seed.y, **style, alpha=0.25, linewidth=0.8)
-        alpha = _alpha(label, looks)
+        alpha = _alpha(label, looks, lines)
         axes.plot(*_mean(seeds), **style, marker=marker, label=label, alpha=alpha, **look)
     _clean(axes)
 
@@ -288,11 +288,13 @@ def _dots(axes: Axes, lines, looks):
     for line in lines:
         paint, _, marker = looks[line.label]
         look: dict[str, Any] = {"color": paint, "linestyle": "none", "marker": marker, "markersize": 6}
-        axes.plot(line.x, line.y, **look, markeredgecolor="white", alpha=_alpha(line.label, looks))
+        axes.plot(line.x, line.y, **look, markeredgecolor="white", alpha=_alpha(line.label, looks, lines))
 
 
-def _alpha(label, looks):
-    return FAINT if len(looks) > MANY and label == next(iter(looks)) else 1.0
+def _alpha(label, looks, lines):
+    """Of the first label, where the others are in several panels, it in all."""
+    shared = len(looks) > len({line.label for line in lines})
+    return FAINT if shared and label == next(iter(looks)) else 1.0
 
 
 def _mean(seeds):

@@ -129,9 +129,18 @@ def choose(folder: Path, step: int | None) -> int:
 
 
 def parameters(folder: Path, step: int, like: Any) -> Any:
-    """Those of a checkpoint that is there, of the shapes and on the devices of `like`."""
+    """Those of a checkpoint that is there, of the shapes and on the devices of `like`; `RunError` where the
+    corpus has become one of another vocabulary."""
     with ocp.StandardCheckpointer() as reader:
-        return reader.restore(folder.absolute() / workdir.CHECKPOINTS / str(step) / "params", like)
+        try:
+            return reader.restore(folder.absolute() / workdir.CHECKPOINTS / str(step) / "params", like)
+        except ValueError as error:
+            if "is not compatible with the stored shape" not in str(error):
+                raise
+            raise workdir.RunError(
+                f"the parameters of step {step} in {folder} are of another vocabulary than the corpus has "
+                "now: put the corpus back that it was trained on"
+            ) from None
 
 
 def _put_damaged_aside(folder: Path) -> None:
