@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -303,7 +304,7 @@ def workdir(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_workdir_is_read_back(workdir):
+def test_a_workdir_is_read_back(workdir, monkeypatch):
     """Statistics are of whole windows of the held-out text, M of the first one's last token."""
     folder, model, text = workdir
     assert readings.device(folder) == ""
@@ -322,9 +323,12 @@ def test_a_workdir_is_read_back(workdir):
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     assert [len(found.train), len(found.depth), len(found.heldout)] == [10, 1, 2]
     assert found.config["data.length"] == 16
+    monkeypatch.setattr(sys, "argv", ["-m", "compare", "run"])
     runs.compare([folder], folder / "out")
     written = (folder / "out/comparison.md").read_text()
-    assert re.search(r"^`python -m attnres_jax .*CPU cores, JAX \d.*, 20\d\d-.*seed 0\.$", written, re.M)
+    assert re.search(
+        r"^`python -m attnres_jax compare run`.*CPU cores, JAX \d.*, 20\d\d-.*seed 0\.$", written, re.M
+    )
 
 
 @pytest.mark.parametrize(
