@@ -43,8 +43,7 @@ class Checkpoints:
         if processes.first():
             _put_damaged_aside(self._folder)
         processes.meet("checkpoints are whole")
-        # Orbax logs a failure with its traceback and raises it again: it is told once.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _hush_orbax()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
@@ -131,16 +130,22 @@ def choose(folder: Path, step: int | None) -> int:
 def parameters(folder: Path, step: int, like: Any) -> Any:
     """Those of a checkpoint that is there, of the shapes and on the devices of `like`; `RunError` where the
     corpus has become one of another vocabulary."""
+    path = folder.absolute() / workdir.CHECKPOINTS / str(step) / "params"
+    _hush_orbax()
     with ocp.StandardCheckpointer() as reader:
-        try:
-            return reader.restore(folder.absolute() / workdir.CHECKPOINTS / str(step) / "params", like)
-        except ValueError as error:
-            if "is not compatible with the stored shape" not in str(error):
-                raise
+        stored = jax.tree.leaves(reader.metadata(path).item_metadata.tree)
+        # Asked before: a restore that fails leaves reads behind.
+        if [leaf.shape for leaf in stored] != [leaf.shape for leaf in jax.tree.leaves(like)]:
             raise workdir.RunError(
                 f"the parameters of step {step} in {folder} are of another vocabulary than the corpus has "
                 "now: put the corpus back that it was trained on"
-            ) from None
+            )
+        return reader.restore(path, like)
+
+
+def _hush_orbax() -> None:
+    """It logs a failure, and raises it; and that a file is missing which it never wrote."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _put_damaged_aside(folder: Path) -> None:
