@@ -79,7 +79,7 @@ def next_token(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     how: dict[str, Any] = {"placement": place}
     how |= {"implementation": implementation} if implementation else {}
-    seen = () if end is None else documents(inputs, end)
+    seen = apart(inputs, end)
     mask = counted(tokens, end)
     if chunks == 1:
         whole = model(inputs, *seen, **how).logits
@@ -118,6 +118,11 @@ def documents(tokens: Int[Array, "B T"], end: int) -> tuple[Int[Array, "B T"], I
     at = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     starts = jnp.pad(ends[:, :-1] * at[1:], ((0, 0), (1, 0)))
     return jnp.cumsum(ends, 1) - ends, at - lax.cummax(starts, axis=1)
+
+
+def apart(tokens: Int[Array, "B T"], end: int | None) -> tuple[Int[Array, "B T"], ...]:
+    """`documents`, as a model takes them after its tokens: nothing where they see each other."""
+    return () if end is None else documents(tokens, end)
 
 
 def counted(tokens: Int[Array, "B T1"], end: int | None) -> Bool[Array, "B T"]:

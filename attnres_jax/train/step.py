@@ -22,7 +22,7 @@ from attnres_jax.models.transformer import ModelConfig, logits
 from attnres_jax.parallel import mesh as meshes
 from attnres_jax.parallel import sharding
 from attnres_jax.train import state
-from attnres_jax.train.loss import NextToken, configured, document_end, documents, objective, predictions
+from attnres_jax.train.loss import NextToken, apart, configured, document_end, objective, predictions
 from attnres_jax.train.optim import optimizer
 from attnres_jax.train.pipelined import Pipelined
 from attnres_jax.train.pipelined import check as check_pipeline
@@ -173,8 +173,7 @@ class Whole:
     def logits(self, params: Any, text: Int[Array, " T"], at: Int[Array, ""]) -> Float[Array, " V"]:
         """Of the token after position `at` of one text, which sees none behind it."""
         tokens, model = meshes.repeated(text, self.mesh), state.merge(self.model, params)
-        seen = () if self.end is None else documents(tokens, self.end)
-        return logits(model.hidden(tokens, *seen, **self.how).h[0, at], model.unembedding)
+        return logits(model.hidden(tokens, *apart(tokens, self.end), **self.how).h[0, at], model.unembedding)
 
     def staged(self, tree: Any) -> Any:
         """Layers are in order of depth."""
@@ -205,8 +204,7 @@ def position_nats(
 def look(model: Any, tokens: Int[Array, "B T1"], end: int | None = None) -> DepthStatistics:
     """Statistics over depth of a recorded forward pass on the first `LOOK` sequences."""
     inputs = tokens[:LOOK, :-1]
-    seen = () if end is None else documents(inputs, end)
-    return depth_statistics(model.hidden(inputs, *seen, record=True).depth.record)
+    return depth_statistics(model.hidden(inputs, *apart(inputs, end), record=True).depth.record)
 
 
 def accumulated(
