@@ -217,8 +217,8 @@ def _fresh(shared, d_rows):
             return _unwritten(node)
         return None if _is_discrete(node) else jnp.zeros(node.shape, node.dtype)
 
-    (_, *others), tree = jax.tree.flatten(shared, is_leaf=lambda node: isinstance(node, Once))
-    return jax.tree.unflatten(tree, [d_rows, *map(start, others)])
+    (rows, *others), tree = jax.tree.flatten(shared, is_leaf=lambda node: isinstance(node, Once))
+    return jax.tree.unflatten(tree, [d_rows.reshape(rows.shape), *map(start, others)])
 
 
 def _unwritten(tree):
@@ -245,6 +245,21 @@ def _take_bwd(j, cotangents):
 
 
 take.defvjp(lambda tree, j: (take(tree, j), j), _take_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def window(tree, first, count):
+    """`count` rows of every leaf, and the leaves for others, to whose cotangents those of rows are added."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, count), tree), tree
+
+
+def _window_bwd(count, first, cotangents):
+    rows, whole = cotangents
+    sums = jax.tree.map(jnp.add, window(whole, first, count)[0], rows)
+    return jax.tree.map(lambda d, a: lax.dynamic_update_slice_in_dim(d, a, first, 0), whole, sums), None
+
+
+window.defvjp(lambda tree, first, count: (window(tree, first, count), first), _window_bwd)
 
 
 def taking(key: Any, step: Callable[..., Any], policy: Callable[..., Any]) -> Callable[..., Any]:

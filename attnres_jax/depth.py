@@ -21,10 +21,13 @@ from attnres_jax.rules import RULE, Rule, per_channel, scores, weigh
 
 
 class Rows(NamedTuple):
-    """Sources in one array, of which the first `n` are visible (`None`: all). `n` may be traced."""
+    """Sources in one array, of which the first `n` are visible (`None`: all). `n` may be traced.
+
+    With a `slot`, which may be traced too, they lie in `array[slot]`: the array is then alone."""
 
     array: Float[Array, "R *tokens D"]
     n: Any = None
+    slot: Any = None
 
 
 class Mixed(NamedTuple):

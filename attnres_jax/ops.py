@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from attnres_jax import depth
-from attnres_jax.autodiff import take
+from attnres_jax.autodiff import take, window
 from attnres_jax.choice import choose
 from attnres_jax.depth import Partial, Rows
 from attnres_jax.norm import RMSNorm
@@ -32,24 +32,29 @@ def depth_mix(
 ) -> tuple[Partial, tuple[Rows, ...]]:
     """Phase 1: S reads at once over completed summaries: mixtures and lse, [S, ...], and the sources.
 
-    Later reads take the sources that come back, so that cotangents add up in place. `last`: none. `logits`
-    are added to the scores of all rows, visible or not."""
-    arrays, counts = tuple(rows.array for rows in sources), tuple(rows.n for rows in sources)
-    shape = len(w), sum(map(len, arrays)), arrays[0].shape[-1], arrays[0].dtype
+    Later reads take the sources that come back, so that cotangents add up in place. `last`: none do, and
+    only those in slots come back. `logits` are added to the scores of all rows, visible or not."""
+    arrays, counts, slots = zip(*sources, strict=True)
+    slotted = slots[0] is not None
+    shape = len(w), sum(a.shape[slotted] for a in arrays), arrays[0].shape[-1], arrays[0].dtype
     unfit = no_kernel(rule, logits)
     chosen, _ = choose(implementation, placement, shape[-1], partial(mix_kernel.refusal, *shape), unfit)
 
     @jax.named_scope("depth_mix")
     def mix(shared, arrays):
-        w, counts, logits = shared
+        (w, counts, slots, logits), keep = shared, slotted or not last
+        after = arrays if keep else ()
+        if slotted and chosen != "tpu":  # which reads them where they lie
+            (rows,), whole = window(*arrays, *slots, 1)
+            arrays, after, slots, keep = (rows,), (whole,), None, False
         if chosen == "reference":
-            done = depth.partial_mix(w, tuple(map(Rows, arrays, counts)), rule, logits)
-            return done, () if last else arrays
-        *done, after = mix_kernel.depth_mix(w, arrays, counts, rule.eps, not last, chosen)
-        return Partial(*done), after
+            return depth.partial_mix(w, tuple(map(Rows, arrays, counts)), rule, logits), after
+        *done, same = mix_kernel.depth_mix(w, arrays, counts, rule.eps, keep, chosen, slots)
+        return Partial(*done), same or after
 
-    done, after = _local(chosen, placement, mix, (w, counts, logits), (arrays,), ("rows",), ("rows", "rows"))
-    return done, () if last else tuple(map(Rows, after, counts))
+    shared, kinds = (w, counts, slots, logits), ("slots" if slotted else "rows",)
+    done, after = _local(chosen, placement, mix, shared, (arrays,), kinds, ("rows", *kinds))
+    return done, tuple(map(Rows, after, counts, slots))
 
 
 def depth_merge(
@@ -90,9 +95,9 @@ def depth_merge(
 
 
 def _local(chosen, placement, op, shared, args, kinds, out_kinds):
-    """`op(shared, *args)`, each device on its own tokens; "rows" have an axis before the tokens."""
+    """`op(shared, *args)`, each device on its own tokens: before them "rows" have an axis, "slots" two."""
     if placement is None:
         return op(shared, *args)
-    specs = {"tokens": placement.spec, "rows": PartitionSpec(None, *placement.spec)}
+    specs = {kind: P(*[None] * k, *placement.spec) for k, kind in enumerate(("tokens", "rows", "slots"))}
     inside, outside = (tuple(specs[k] for k in some) for some in (kinds, out_kinds))
     return placement.local(op, shared, args, inside, outside, typed=chosen not in ("gpu", "triton"))

@@ -33,7 +33,7 @@ from attnres_jax.spelling import (
     stack,
     unfold,
 )
-from attnres_jax.walk import check_mix, start
+from attnres_jax.walk import Record, check_mix, start
 
 policies = jax.checkpoint_policies
 
@@ -50,19 +50,6 @@ class Layer(NamedTuple):
     apply: Callable[[PyTree, Array, PyTree], tuple[Array, PyTree]]
     params: PyTree
     inputs: PyTree = None
-
-
-class Record(NamedTuple):
-    """What analysis needs of one forward pass; l runs over the reads, L + 1 with the output read."""
-
-    outputs: Float[Array, "L1 B T D"]
-    """v_0 (the embedding), v_1 .. v_L (outputs of the sublayers)."""
-    mixtures: Float[Array, "L1 B T D"]
-    """h_l, before the pre-norm."""
-    weights: tuple[Float[Array, "_ B T *G"], ...]
-    """Of the sources of each read, as `scheme.sources` names them, or of the states."""
-    steps: tuple[PyTree, ...] = ()
-    """Coefficients of each write, as `scheme.apply` takes them."""
 
 
 class DepthOutput(NamedTuple):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +78,16 @@ def check_mix(scheme: Scheme, mix: Mix, sublayers: int, x: Array) -> None:
             f"mix has shapes {jax.tree.map(jnp.shape, mix)}, but {scheme} over {sublayers} sublayers of "
             f"width {x.shape[-1]} has {jax.tree.map(jnp.shape, want)}"
         )
+
+
+class Record(NamedTuple):
+    """What analysis needs of one forward pass; l runs over the reads, L + 1 with the output read."""
+
+    outputs: Float[Array, "L1 B T D"]
+    """v_0 (the embedding), v_1 .. v_L (outputs of the sublayers)."""
+    mixtures: Float[Array, "L1 B T D"]
+    """h_l, before the pre-norm."""
+    weights: tuple[Float[Array, "_ B T *G"], ...]
+    """Of the sources of each read, as `scheme.sources` names them, or of the states."""
+    steps: tuple[PyTree, ...] = ()
+    """Coefficients of each write, as `scheme.apply` takes them."""

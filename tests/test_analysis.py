@@ -21,8 +21,8 @@ from attnres_jax.analysis.made import Made
 from attnres_jax.analysis.matrix import depth_matrix, reach
 from attnres_jax.models.transformer import Transformer
 from attnres_jax.residuals import make
-from attnres_jax.stack import Record
 from attnres_jax.train import checkpoint, data, readings, runs
+from attnres_jax.walk import Record
 
 CASES = [("plain", 1), ("full", 1), ("block", 3), ("block", 4), ("block", 7)]
 KINDS = "amamama"

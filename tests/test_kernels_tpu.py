@@ -82,9 +82,19 @@ def test_depth_mix(shape):
     d_lse = d_lse * (R > 1)  # the weights of one source are constant, its log-sum-exp is its score
     parts, before = jnp.split(v, cuts), jnp.split(added, cuts)
     counts = tuple(None if shape.n is None else jnp.int32(shape.n) for _ in parts)
-    out = mix.forward(w, tuple(parts), counts, eps=EPS)
+    slots = []
+    if shape.slot is not None:  # other slots are not read, and stay as they are
+        slots = [(jnp.int32(shape.slot),) * len(parts)]
+        parts, before = (
+            [jnp.full((3, *a.shape), jnp.nan, a.dtype).at[shape.slot].set(a) for a in some]
+            for some in (parts, before)
+        )
+    out = mix.forward(w, tuple(parts), counts, *slots, eps=EPS)
     sums = tuple(before) if shape.add else None
-    d_w, d_v = mix.backward(w, tuple(parts), counts, out.lse, out.stats, d_out, d_lse, sums, eps=EPS)
+    d_w, d_v = mix.backward(w, tuple(parts), counts, out.lse, out.stats, d_out, d_lse, sums, *slots, eps=EPS)
+    if shape.slot is not None:
+        assert all(np.isnan(np.delete(np.asarray(d, np.float32), shape.slot, 0)).all() for d in d_v)
+        d_v = [d[shape.slot] for d in d_v]
     with jax.enable_x64():
         exact, pull = jax.vjp(
             lambda w, v: depth.partial_mix(w, (Rows(v, shape.n),), Rule(EPS)), *wide((w, v))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from attnres_jax.axes import compute_dtype
 from attnres_jax.residuals import AttnRes
 from attnres_jax.residuals.base import Scheme
-from attnres_jax.stack import Record
+from attnres_jax.walk import Record
 
 
 class DepthStatistics(NamedTuple):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from attnres_jax.axes import compute_dtype
 from attnres_jax.residuals.base import Scheme
-from attnres_jax.stack import Record
+from attnres_jax.walk import Record
 
 
 def depth_matrix(scheme: Scheme, record: Record) -> Float[Array, "reads outputs B T G"]:

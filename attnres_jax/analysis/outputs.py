@@ -11,8 +11,7 @@ from attnres_jax.analysis import matrix
 from attnres_jax.axes import compute_dtype
 from attnres_jax.models.transformer import logits
 from attnres_jax.residuals.base import Mix, Scheme
-from attnres_jax.stack import Record
-from attnres_jax.walk import start
+from attnres_jax.walk import Record, start
 
 
 class Shares(NamedTuple):

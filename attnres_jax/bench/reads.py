@@ -12,11 +12,18 @@ from attnres_jax.bench.hlo import Shape
 
 
 def mix(call: Call) -> Cost:
-    """Phase 1, both directions: sources and cotangents [R, tokens / G, G, D], each visible row once."""
-    visible = 0.5 if call.times > 1 else 1.0
+    """Phase 1, both directions: sources and cotangents [R, tokens / G, G, D], each visible row once.
+
+    Or [slots, R, ...], of which a slot is read: of all its rows where the only scalars are the slots."""
+    slotted = [s for s in call.results if len(s.dims) == 5] or [s for s in call.operands if len(s.dims) == 5]
+    whole = call.times == 1 or (slotted and call.operands[0].size == len(slotted))
+    visible = 1.0 if whole else 0.5
+
+    def part(shape: Shape) -> float:
+        return {4: visible, 5: visible / shape.dims[0]}.get(len(shape.dims), 1.0)
 
     def moved(shapes: Sequence[Shape]) -> float:
-        return sum(s.hbm * (visible if len(s.dims) == 4 else 1.0) for s in shapes)
+        return sum(s.hbm * part(s) for s in shapes)
 
     return Cost(moved(call.operands), moved(call.results), 0.0)
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from attnres_jax import stack
-from attnres_jax.autodiff import Block, append_scan, taking
+from attnres_jax.autodiff import Block, append_scan, taking, window
 from attnres_jax.depth import Rows
 from attnres_jax.parallel.timetable import Cache, Chunks
 from attnres_jax.residuals.base import PyTree, Scheme
@@ -89,46 +89,75 @@ class Chunked:
         mix = self.scheme.init(1, x.shape[-1]).sublayers
         return Kept(x, self.scheme.begin(self.scheme.open(mix, history)[1]))
 
-    def run(
-        self, layers: Layers, mix: dict[str, Array], params: Any, rows: PyTree, c: Int[Array, ""]
-    ) -> tuple[PyTree, Array]:
-        """Chunk `c` over `rows` [cache.rows, ...]: these with what it makes, in the `written` rows from
-        `cache.fresh[c]` on; and the penalty.
+    @property
+    def in_place(self) -> bool:
+        """Whether reads take blocks where a stage keeps them; else a chunk copies them out."""
+        return self.scheme.append_only and self.scheme.in_place
 
-        `params` are kind -> leaves [n, ...] of the longest chunk, `mix` the parameters of all sublayers. A
-        chunk runs forward in its own tick and again in that of its backward pass, which starts from the rows
-        alone; what a sublayer does not keep there, by `policy`, is computed a third time.
+    def run(
+        self,
+        layers: Layers,
+        mix: dict[str, Array],
+        params: Any,
+        rows: PyTree,
+        base: Int[Array, ""],
+        c: Int[Array, ""],
+    ) -> tuple[PyTree, Array]:
+        """Chunk `c` over the `cache.rows` units of `rows` from `base` on: `rows` with what it makes, in the
+        `written` units from `cache.fresh[c]` on; and the penalty.
+
+        `rows` holds other units too, which stay as they are. `params` are kind -> leaves [n, ...] of the
+        longest chunk, `mix` the parameters of all sublayers. A chunk runs forward in its own tick and again
+        in that of its backward pass, which starts from the rows alone; what a sublayer does not keep there,
+        by `policy`, is computed a third time.
         """
         given = jnp.asarray(self.chunks.bounds)[c] + jnp.arange(len(self.longest))
         # Beyond the end of a shorter chunk stands some sublayer, whose output is left out.
         mix = jax.tree.map(lambda a: a[jnp.minimum(given, len(self.kinds) - 1)], mix)
         own = mix, {kind: (leaves, None) for kind, leaves in params.items()}
+        append = partial(self._appending, base if self.in_place else None)
+        if self.in_place:
+            return self._segments(append, layers, own, rows, c)
+        run = append if self.scheme.append_only else self._closing if self.apart else self._whole
+        here, rows = window(rows, base, self.cache.rows)
+        here, total = self._segments(run, layers, own, here, c)
+        fresh = at(self.cache.fresh, c)
+        return put_rows(rows, slice_rows(here, fresh, self.cache.written), base + fresh), total
+
+    def _segments(self, run, layers, own, rows, c):
         total = jnp.float32(0)
         for segment in self.chunks.segments:
-            run = self._appending if self.scheme.append_only else self._closing if self.apart else self._whole
-            run = partial(run, layers, segment)
-            rows, penalty = run(own, rows, c)
+            rows, penalty = run(layers, segment, own, rows, c)
             total = total + penalty
         return rows, total
 
-    def finish(self, mix: dict[str, Array], rows: PyTree) -> Float[Array, "B T D"]:
-        """The output read, of the rows after the last chunk."""
+    def finish(
+        self, mix: dict[str, Array], rows: PyTree, base: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        """The output read, of the units from `base` on after the last chunk; and `rows`, as they were."""
         seen = self.chunks.begun[-1] + 1
-        history = (Rows(_summaries(rows), seen),) if self.apart else pick(rows, 0)
-        read: Any = self.scheme.finish(mix, history)
-        return read.mixture
+        if self.in_place:
+            n = None if seen == self.cache.rows else seen
+            read: Any = self.scheme.finish(mix, (self._slot(rows, n, base),))
+            return read.mixture, read.history[0].array.reshape(rows.shape)
+        here, rows = window(rows, base, self.cache.rows)
+        read = self.scheme.finish(mix, (Rows(_summaries(here), seen),) if self.apart else pick(here, 0))
+        return read.mixture, rows
 
-    def _appending(self, layers, segment, own, rows, c):
-        """A segment that makes a block, or goes on with the one that it finds begun."""
+    def _appending(self, base, layers, segment, own, rows, c):
+        """A segment that makes a block, or goes on with the one that it finds begun. `base` is as in `run`,
+        or None where there are no other units."""
         scheme, kinds = self.scheme, self.longest[segment.first : segment.last]
-        block, running = at(segment.block, c), at(segment.runs, c)
+        block, running = at(segment.block, c) + (0 if base is None else base), at(segment.runs, c)
         # Where it does not run, nothing stays of it: as if a block began, so that S = 1 goes on with none.
         begins = at(tuple(not r or b for r, b in zip(segment.runs, segment.begins, strict=True)), c)
         mix, shares = belonging(self.longest, segment.first, kinds, own)
-        places, found = {k: jnp.arange(kinds.count(k)) for k in shares}, pick(rows, block)
+        places = {k: jnp.arange(kinds.count(k)) for k in shares}
+        (found,), rows = window(rows, block, 1)
 
         def start(rows, n, own) -> Any:
-            slots, history = scheme.open(own[0], (Rows(rows, n),), begins)
+            seen = Rows(rows, n) if base is None else self._slot(rows, n - base, base)
+            slots, history = scheme.open(own[0], (seen,), begins)
             stream = scheme.begin(history)
             if begins is not True and stream is not None:
                 stream = select(begins, stream, found)
@@ -147,8 +176,14 @@ class Chunked:
         rows = put(rows, lax.stop_gradient(found), block)
         rows, (ys,) = append_scan([Block(start, parts)], lambda own: [own], rows, block, xs, shares)
         if running is not True:
-            rows = put(rows, select(running, pick(rows, block), found), block)
+            (new,), rows = window(rows, block, 1)
+            rows = put(rows, select(running, new, found), block)
         return rows, self._penalty(running, kinds, jax.tree.map(lambda a: a[0], ys))
+
+    def _slot(self, rows, n, base):
+        """The first `n` of the units from `base` on, which reads take where they lie."""
+        array = rows.reshape(-1, self.cache.rows, *rows.shape[1:])
+        return Rows(array, n, base // self.cache.rows)
 
     def _closing(self, layers, segment, own, rows, c):
         """The same where a block leaves another row than its stream: both are kept, as `Kept`."""

@@ -190,7 +190,7 @@ class _State(NamedTuple):
     """Carried from tick to tick."""
 
     cache: PyTree
-    """[slots + 1, rows, ...]: of each microbatch in flight, the blocks that this stage has. The last slot is
+    """[(slots + 1) rows, ...]: of each microbatch in flight, the blocks that this stage has. The last slot is
     for ticks in which it idles."""
     given: PyTree
     """[slots + 1, V, ...]: the row that each chunk found begun, where there is one."""
@@ -198,7 +198,8 @@ class _State(NamedTuple):
     fresh: PyTree
     """Messages that have arrived."""
     d_cache: PyTree
-    """[P + 1, rows, ...]: cotangents of blocks, of the microbatches that are on their way back."""
+    """Cotangents of `cache`, where it lies: kernels add to them in place. Zeros, where nothing is on its way
+    back."""
     back: PyTree
     """The window of cotangents to send."""
     gradient: Any
@@ -214,11 +215,12 @@ def carried(chunked: Chunked, table: Timetable, slots: int, trains: bool) -> dic
     `slots` are the microbatches in flight; without `trains` there is no backward pass.
     """
     cache = chunked.cache
-    found = {"cache": (slots + 1, cache.rows), "fresh": (cache.written,)}
+    rows = ((slots + 1) * cache.rows,)
+    found: dict[str, tuple[int, ...]] = {"cache": rows, "fresh": (cache.written,)}
     if cache.conveyor:
         found["early"] = (cache.conveyor,)
     if trains:
-        found |= {"d_cache": (table.stages + 1, cache.rows), "back": (cache.window,)}
+        found |= {"d_cache": rows, "back": (cache.window,)}
         if chunked.parted:
             found["given"] = (slots + 1, table.virtual_stages)
     return found
@@ -288,26 +290,24 @@ class _Run:
 
     def _forward(self, state, t):
         cache, now = self.cache, self._unit(self.table.forward, t, self.stage)
-        slot = jnp.where(now.live, now.m % self._slots(state), self._slots(state))
-        kept, micro = state.cache, self._micro(now.m)
+        slot, base = self._place(state.cache, now)
+        rows, early, micro = state.cache, state.early, self._micro(now.m)
         if cache.conveyor:
-            kept = put_rows(kept, state.early, slot, at(cache.early, now.c))
-        kept = put_rows(kept, state.fresh, slot, at(cache.fresh, jnp.maximum(now.c - 1, 0)))
+            rows = put_rows(rows, early, base + at(cache.early, now.c))
+        rows = put_rows(rows, state.fresh, base + at(cache.fresh, jnp.maximum(now.c - 1, 0)))
         x = self.model.embed(self.parts.table, micro)
-        first = select(self._embeds(now), self.chunked.first(x), pick(pick(kept, slot), 0))
-        kept = put_rows(kept, jax.tree.map(lambda a: a[None], first), slot, 0)
-        rows, early = pick(kept, slot), state.early
+        rows = put(rows, select(self._embeds(now), self.chunked.first(x), pick(rows, base)), base)
         if cache.conveyor:
-            early = self._sent(slice_rows(rows, at(cache.early, now.c + 1), cache.conveyor), 1)
-        found = pick(rows, at(self.chunked.open, now.c))
+            early = self._sent(slice_rows(rows, base + at(cache.early, now.c + 1), cache.conveyor), 1)
         given = state.given  # nothing, where no chunk changes what it found
         if jax.tree.leaves(given):
+            found = pick(rows, base + at(self.chunked.open, now.c))
             given = jax.tree.map(lambda a, b: a.at[slot, now.v].set(b), given, found)
         params = pick(self.parts.layers, now.v), self.parts.mix.sublayers, self.parts.shared
-        rows, penalty = self._chunk(now, micro)(*params, x, rows)
-        made = slice_rows(rows, at(cache.fresh, now.c), cache.written)
+        rows, penalty = self._chunk(now, micro, base)(*params, x, rows)
+        made = slice_rows(rows, base + at(cache.fresh, now.c), cache.written)
         return state._replace(
-            cache=put_rows(kept, made, slot, at(cache.fresh, now.c)),
+            cache=rows,
             given=given,
             early=early,
             fresh=self._sent(made, 1),
@@ -315,38 +315,34 @@ class _Run:
         )
 
     def _backward(self, state, t, back):
-        cache, V, C = self.cache, self.V, self.P * self.V
-        now = self._unit(self.table.backward, t, self.stage)
-        state, d_last = self._head(state, t)
-        place, slot = now.m % self.P, now.m % self._slots(state)
-        # What later chunks of this stage left, and what comes from the next chunk; or from the head.
-        nothing, ends = partial(jax.tree.map, jnp.zeros_like), now.c == C - 1
-        d = pick(state.d_cache, place)
-        d = select(ends, d_last, select(now.v == V - 1, nothing(d), d))
-        window = at(cache.first, now.c + 1)
-        sent = select(ends, nothing(back), back)
+        cache, C = self.cache, self.P * self.V
+        now, nothing = self._unit(self.table.backward, t, self.stage), partial(jax.tree.map, jnp.zeros_like)
+        state = self._head(state, t)
+        slot, base = self._place(state.cache, now)
+        # What later chunks of this stage left, or the head, and what comes from the next chunk.
+        d, sent = state.d_cache, select(now.c == C - 1, nothing(back), back)
+        window = base + at(cache.first, now.c + 1)
         d = put_rows(d, jax.tree.map(jnp.add, slice_rows(d, window, cache.window), sent), window)
-        rows, micro = pick(state.cache, slot), self._micro(now.m)
+        rows, micro, opened = state.cache, self._micro(now.m), at(self.chunked.open, now.c)
         if self.chunked.parted:
-            given = jax.tree.map(lambda a: a[slot, now.v], state.given)
-            rows = put(rows, given, at(self.chunked.open, now.c))
+            rows = put(rows, jax.tree.map(lambda a: a[slot, now.v], state.given), base + opened)
         params = pick(self.parts.layers, now.v), self.parts.mix.sublayers, self.parts.shared
         x = self.model.embed(self.parts.table, micro)
-        (_, penalty), pull = jax.vjp(self._chunk(now, micro), *params, x, rows)
+        (again, penalty), pull = jax.vjp(self._chunk(now, micro, base), *params, x, rows)
         # Of what this chunk returned, from all its uses; what it did not write passes through, added to.
         d_layers, d_mix, d_shared, d_beside, d = pull((d, jnp.ones_like(penalty)))
         # The embedding's: this stage looked it up itself, for row 0 and for what layers make of it.
         embeds = self._embeds(now) & now.live
-        first = pick(d, 0)
+        first = pick(d, base)
         d_first = select(embeds, first, nothing(first))
-        d = put(d, select(self._embeds(now), nothing(first), first), 0)
+        d = put(d, select(self._embeds(now), nothing(first), first), base)
         (d_x,) = jax.vjp(self.chunked.first, x)[1](d_first)
         sums, live = state.gradient, partial(self._live, now)
         if self.parts.shared:
             d_x = d_x + live(d_beside, d_x)
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
-        window = at(cache.first, now.c)
-        back, d = taken(d, window, cache.window)
+        back, d = taken(d, base + at(cache.first, now.c), cache.window)
+        d = self._cleared(d, base, now)
         gradient = sums._replace(
             table=self.model.embedded(sums.table, d_x, micro),
             layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), sums.layers, d_layers),
@@ -355,33 +351,45 @@ class _Run:
             ),
             shared=jax.tree.map(lambda a, g: a + live(g, a), sums.shared, d_shared),
         )
-        place = jnp.where(now.live, place, self.P)
-        return state._replace(
-            d_cache=put(state.d_cache, d, place),
-            back=back,
-            gradient=gradient,
-        )
+        cache = again if self.chunked.in_place else rows  # what it has been written over, as it was
+        return state._replace(cache=cache, d_cache=d, back=back, gradient=gradient)
+
+    def _cleared(self, d, base, now):
+        """`d` without what is used up: of the rows that the chunk made."""
+        fresh = at(self.cache.fresh, now.c)
+        made = (fresh + jnp.arange(self.cache.written)) >= at(self.chunked.open, now.c)
+
+        def clear(a):
+            return jnp.where(made.reshape(-1, *[1] * (a.ndim - 1)), 0, a)
+
+        rows = jax.tree.map(clear, slice_rows(d, base + fresh, self.cache.written))
+        return put_rows(d, rows, base + fresh)
+
+    def _place(self, rows, now):
+        """The slot of a microbatch, and where its rows begin."""
+        slots = len(jax.tree.leaves(rows)[0]) // self.cache.rows - 1
+        slot = jnp.where(now.live, now.m % slots, slots)
+        return slot, slot * self.cache.rows
 
     def _head(self, state, t):
         """Output read, norm and head of the microbatch that the last chunk has just left, if one has: that is
         a matter of the tick alone, so all stages take the same branch, and compute 1/P of it each."""
         now = self._unit(self.table.forward, t, self.P - 1)
-        rows, micro = pick(state.cache, now.m % self._slots(state)), pick(self.batch, now.m)
-        over = self.parts.mix.output, self.parts.last, self.parts.unembedding, rows
+        micro = self._micro(now.m)
+        over = self.parts.mix.output, self.parts.last, self.parts.unembedding
 
         def run():
-            def objective(over):
-                found = self._headed_once(over, micro)
-                return found[0], found
+            def objective(over, rows):
+                found, rows = self._headed_once(over, rows, now, micro)
+                return (found[0], rows), found
 
-            (_, found), pulled = jax.value_and_grad(objective, has_aux=True)(over)
-            return found, pulled
+            (value, _), pull, found = jax.vjp(objective, over, state.cache, has_aux=True)
+            return found, *pull((jnp.ones_like(value), state.d_cache))
 
         def idle():
-            found = jax.tree.map(jnp.zeros_like, state.total)
-            return found, jax.tree.map(jnp.zeros_like, over)
+            return *jax.tree.map(jnp.zeros_like, (state.total, over)), state.d_cache
 
-        found, (d_mix, d_last, d_unembedding, d_rows) = lax.cond(now.live & (now.v == self.V - 1), run, idle)
+        found, (d_mix, d_last, d_unembedding), d_cache = lax.cond(now.live & (now.v == self.V - 1), run, idle)
         sums = state.gradient
         add = partial(jax.tree.map, lambda a, g: a + g.astype(a.dtype))
         gradient = sums._replace(
@@ -389,31 +397,31 @@ class _Run:
             last=add(sums.last, d_last),
             unembedding=add(sums.unembedding, d_unembedding),
         )
-        return state._replace(gradient=gradient, total=add(state.total, found)), d_rows
+        return state._replace(gradient=gradient, total=add(state.total, found), d_cache=d_cache)
 
     def _headed(self, state, t):
         """The same, of a forward pass alone."""
         now = self._unit(self.table.forward, t, self.P - 1)
-        rows, micro = pick(state.cache, now.m % self._slots(state)), pick(self.batch, now.m)
-        over = self.parts.mix.output, self.parts.last, self.parts.unembedding, rows
+        micro = self._micro(now.m)
+        over = self.parts.mix.output, self.parts.last, self.parts.unembedding
         found = lax.cond(
             now.live & (now.v == self.V - 1),
-            lambda: self._headed_once(over, micro),
+            lambda: self._headed_once(over, state.cache, now, micro)[0],
             lambda: jax.tree.map(jnp.zeros_like, state.total),
         )
         return state._replace(total=jax.tree.map(jnp.add, state.total, found))
 
-    def _headed_once(self, over, micro):
-        mix, last, unembedding, rows = over
-        h = self.chunked.finish(mix, rows)
+    def _headed_once(self, over, rows, now, micro):
+        (mix, last, unembedding), (_, base) = over, self._place(rows, now)
+        h, rows = self.chunked.finish(mix, rows, base)
         own = jnp.where(self.stage == self.P - 1, h, 0)  # on the others it is not the last
         wide = lax.psum(own.astype(compute_dtype(h.dtype)), STAGE)  # so that cotangents are summed in fp32
-        return self.model.head(last, unembedding, wide.astype(h.dtype), micro)
+        return self.model.head(last, unembedding, wide.astype(h.dtype), micro), rows
 
     def _head_of_nothing(self):
-        rows = self._room(self.cache.rows)
-        parts = self.parts
-        return self._headed_once((parts.mix.output, parts.last, parts.unembedding, rows), pick(self.batch, 0))
+        over = self.parts.mix.output, self.parts.last, self.parts.unembedding
+        now = self._unit(self.table.forward, self.P - 1, self.P - 1)
+        return self._headed_once(over, self._room(2 * self.cache.rows), now, self._micro(0))[0]
 
     def _unit(self, entries, t, stage) -> _Unit:
         """What `stage` runs in tick `t` by one of the timetable's tables."""
@@ -422,13 +430,13 @@ class _Run:
         m, v = jnp.maximum(m, 0), jnp.maximum(v, 0)
         return _Unit(live, v, m, v * self.P + stage)
 
-    def _chunk(self, now, micro):
+    def _chunk(self, now, micro, base):
         place = self.chunked.scheme.placement
 
         def run(params, mix, shared, x, rows):
             layers = self.model.layers(micro, shared, self.parts.mix._replace(sublayers=mix), x)
             layers = {kind: placed(layer, place) if place else layer for kind, layer in layers.items()}
-            return self.chunked.run(layers, mix, params, rows, now.c)
+            return self.chunked.run(layers, mix, params, rows, base, now.c)
 
         return run
 
@@ -444,9 +452,6 @@ class _Run:
 
     def _live(self, now, gradient, like):
         return jnp.where(now.live, gradient, 0).astype(like.dtype)
-
-    def _slots(self, state):
-        return len(jax.tree.leaves(state.cache)[0]) - 1
 
     def _sent(self, rows, step):
         """To the next stage of the ring (1), or to the one before (-1)."""

@@ -22,6 +22,7 @@ class Biased(AttnRes):
     many sources are younger. `queries=False` leaves the queries out: input-independent mixing (Table 4).
     """
 
+    in_place: ClassVar = False
     queries: bool = True
     recency: float = 0.0
     axes: ClassVar = {"logits": "LR"}
@@ -70,6 +71,8 @@ class Additive(AttnRes):
     has the weight `1 + a_i`. Our definition; the paper has none. `followups.Delta` is what came after.
     """
 
+    in_place: ClassVar = False
+
     def open(self, mix, history, begins=True) -> tuple[Any, Any]:
         slots, inner = super().open(mix, history, begins)
         return slots, Summed(inner, total(history))
@@ -93,7 +96,7 @@ class Additive(AttnRes):
 def total(history: Sequence[depth.Rows]) -> Float[Array, "B T D"]:
     """The sum of all visible rows, rounded once: what the plain residual stream is."""
     found = 0.0
-    for array, n in history:
+    for array, n, _ in history:
         wide = array.astype(compute_dtype(array.dtype))
         seen = True if n is None else (jnp.arange(len(array)) < n).reshape(-1, *[1] * (array.ndim - 1))
         found = found + jnp.sum(jnp.where(seen, wide, 0), 0)

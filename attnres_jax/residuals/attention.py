@@ -5,7 +5,7 @@ History: the completed summaries b_0 (the embedding), b_1, ... as append-only ro
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,10 +39,10 @@ class Opened(NamedTuple):
 class AttnRes(Appending):
     """Block AttnRes with `block_size` S sublayers per block; S = 1 is Full AttnRes.
 
-    `two_phase=False` reads all sources of a sublayer at once, as the definition is written; the result
-    is the same. The other fields are those of `rules.Rule`.
+    `two_phase=False` reads all sources at once, as the definition is written. Others are of `rules.Rule`.
     """
 
+    in_place: ClassVar = True
     block_size: int = 1
     eps: float = 1e-6
     two_phase: bool = True
@@ -78,7 +78,7 @@ class AttnRes(Appending):
         return slot, Opened(rows, Once(done))
 
     def begin(self, history) -> Any:
-        return jnp.zeros_like(history.rows[0].array[0]) if self.two_phase else None
+        return jnp.zeros_like(history.done.rows.mixture[0]) if self.two_phase else None
 
     def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:
@@ -104,8 +104,8 @@ class AttnRes(Appending):
             logits = None if logits is None else logits[0]
             mixture, weights = _at_once(self.rule, w[0], history, None, logits)
             return Read(mixture, mixture, weights)
-        done, _ = ops.depth_mix(w, history, last=True, logits=_of_rows(logits, history), **self._how)
-        return Read(done.mixture[0], done.mixture[0], None)
+        done, rows = ops.depth_mix(w, history, last=True, logits=_of_rows(logits, history), **self._how)
+        return Read(done.mixture[0], done.mixture[0], None, rows)
 
     def _weight(self, mix, history):
         dtype = compute_dtype(history[0].array.dtype)

@@ -60,6 +60,8 @@ class Scheme(ABC):
     placement: Placement | None = None
     append_only: ClassVar[bool] = False
     """History is a tuple of `Rows`, to which `close` appends the stream and nothing else changes."""
+    in_place: ClassVar[bool] = False
+    """Reads also take it in one slot of an array (`Rows.slot`), and hand that on."""
     axes: ClassVar[Mapping[str, str]] = {}
     """Parameters as rows of models/table.py: "LD", or "LD>m": a matrix, which decays. No L at the output."""
     matrices: ClassVar[bool] = False
@@ -119,7 +121,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def finish(self, mix: dict[str, Array], history: PyTree) -> Read:
-        """The output read, for the final norm and the head; its `x` is not normed."""
+        """The output read, for the final norm and the head; its `x` is not normed. `history` as of reads."""
 
     def step(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
         """For analysis: the coefficients of this `write`, where it has any that are not one."""

@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """S reads over arrays of `rows` sources, `n` of them visible (None: all); `add`: to earlier sums."""
+    """S reads over arrays of `rows` sources, `n` of them visible (None: all); `add`: to earlier sums.
+
+    `slot`: they lie in this one of the arrays' three."""
 
     S: int
     rows: tuple[int, ...]
@@ -13,11 +15,14 @@ class Shape(NamedTuple):
     dtype: str = "bfloat16"
     n: int | None = None
     add: bool = True
+    slot: int | None = None
 
 
 SHAPES = {
     "two_steps": Shape(3, (4,), 256, 256),
     "counted": Shape(3, (4,), 384, 256, n=2),  # three steps, so that all three buffers of sums are used again
+    "counted_in_a_slot": Shape(3, (4,), 256, 256, n=2, slot=1),
+    "two_slots": Shape(1, (3, 1), 63, 128, slot=2),  # and all that is in them
     "one_source": Shape(2, (1,), 128, 256, add=False),  # weights are 1, the query's gradient exactly 0
     "separate_arrays": Shape(2, (1, 2, 1), 128, 256),
     "two_registers": Shape(1, (17,), 128, 128),  # seventeen sources of 8 tokens are more than 128 lanes

@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
     cores: int
     eps: float
     counted: bool
+    slotted: bool
 
     @property
     def R(self) -> int:
@@ -78,10 +79,10 @@ class Sizes(NamedTuple):
         return (8 * math.ceil((self.S + 1) / 8), self.lanes)
 
 
-def forward(w, sources, counts, *, eps) -> Forward:
+def forward(w, sources, counts, slots=None, *, eps) -> Forward:
     """See vjp.py: `w` [S, D] fp32, `sources` arrays [R_k, tokens, D], `counts` None or int32 each."""
-    tokens, sources = sources[0].shape[1], _padded(sources)
-    size, vmem = _sizes("forward", w, sources, counts, eps)
+    tokens, sources = sources[0].shape[-2], _padded(sources)
+    size, vmem = _sizes("forward", w, sources, counts, slots, eps)
     packed = _packed(w, sources[0].dtype, size)
     mixture, lse, stats = pl.pallas_call(
         functools.partial(_forward_kernel, size),
@@ -103,16 +104,16 @@ def forward(w, sources, counts, *, eps) -> Forward:
         ],
         compiler_params=params(vmem),
         name="depth_mix_forward",
-    )(_counts(counts, size), packed, *[_grouped(size, v) for v in sources])
+    )(_counts(counts, slots, size), packed, *[_grouped(size, v) for v in sources])
     lse = lse[:, : size.S, : size.tile].swapaxes(0, 1).reshape(size.S, size.tokens)
     return Forward(mixture[:, :tokens], lse[:, :tokens], stats)
 
 
-def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps):
+def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, slots=None, *, eps):
     """`d_sources` holds what later reads have added, and so does the result. Returns dw, d_sources."""
-    tokens, many = sources[0].shape[1], len(sources)
+    tokens, many = sources[0].shape[-2], len(sources)
     sources, (d_mixture,) = _padded(sources), _padded((d_mixture,))
-    size, vmem = _sizes("backward", w, sources, counts, eps)
+    size, vmem = _sizes("backward", w, sources, counts, slots, eps)
     dtype, add = sources[0].dtype, d_sources is not None
     d_lse = jnp.pad(d_lse, [(0, size.S8 - size.S), (0, size.tokens - tokens)])
     d_lse = d_lse.reshape(size.S8, -1, size.tile).swapaxes(0, 1)
@@ -147,8 +148,8 @@ def backward(w, sources, counts, lse, stats, d_mixture, d_lse, d_sources, *, eps
         input_output_aliases={5 + many + k: 1 + k for k in range(many)} if add else {},
         compiler_params=params(vmem),
         name="depth_mix_backward",
-    )(_counts(counts, size), *args)
-    d_sources = tuple(d.reshape(len(d), -1, size.D)[:, :tokens] for d in d_sources)
+    )(_counts(counts, slots, size), *args)
+    d_sources = tuple(d.reshape(v.shape)[..., :tokens, :] for d, v in zip(d_sources, sources, strict=True))
     return jnp.sum(d_w, 0)[: size.S], d_sources
 
 
@@ -440,9 +441,10 @@ def _copies(size, counts, arrays, buffer, semaphore, step, slot, out=False):
     tile = pl.ds((pl.program_id(0) * size.steps + step) * size.groups, size.groups)
     plans, at = [], 0
     for k, (rows, array) in enumerate(zip(size.rows, arrays, strict=True)):
+        lead = (counts[len(arrays) * size.counted + k],) if size.slotted else ()
 
-        def copy(r, number, array=array, at=at):
-            ends = (array.at[pl.ds(r, number), tile], buffer.at[slot, pl.ds(at + r, number)])
+        def copy(r, number, array=array, at=at, lead=lead):
+            ends = (array.at[*lead, pl.ds(r, number), tile], buffer.at[slot, pl.ds(at + r, number)])
             return pltpu.make_async_copy(*(reversed(ends) if out else ends), semaphore.at[slot])
 
         plans.append((rows, counts[k] if size.counted else None, copy))
@@ -490,24 +492,30 @@ def _columns(D):
     return [(at, min(WIDTH, D - at)) for at in range(0, D, WIDTH)]
 
 
-def _sizes(direction, w, sources, counts, eps):
-    (S, D), rows, tokens = w.shape, tuple(map(len, sources)), sources[0].shape[1]
+def _sizes(direction, w, sources, counts, slots, eps):
+    (S, D), rows, tokens = w.shape, tuple(v.shape[-3] for v in sources), sources[0].shape[-2]
     *tiled, vmem = tpu_config(direction, S, sum(rows), D, sources[0].dtype, tokens)
-    return Sizes(S, rows, tokens, D, *tiled, eps, any(n is not None for n in counts)), vmem
+    counted = any(n is not None for n in counts)
+    return Sizes(S, rows, tokens, D, *tiled, eps, counted, slots is not None), vmem
 
 
-def _counts(counts, size):
-    return jnp.stack([jnp.int32(r if n is None else n) for n, r in zip(counts, size.rows, strict=True)])
+def _counts(counts, slots, size):
+    """Of each array, how many rows may be seen; and in which slot they lie, alone if all may."""
+    found = [r if n is None else n for n, r in zip(counts, size.rows, strict=True)]
+    if size.slotted:
+        found = [*(found if size.counted else []), *slots]
+    return jnp.stack(list(map(jnp.int32, found)))
 
 
 def _padded(arrays):
     """To whole tiles of tokens: a copy, for odd numbers of tokens only."""
-    short = -arrays[0].shape[1] % LANES
-    return tuple(jnp.pad(a, [(0, 0), (0, short), (0, 0)]) for a in arrays) if short else tuple(arrays)
+    short = -arrays[0].shape[-2] % LANES
+    pads = [(0, 0)] * (arrays[0].ndim - 2) + [(0, short), (0, 0)]
+    return tuple(jnp.pad(a, pads) for a in arrays) if short else tuple(arrays)
 
 
 def _grouped(size, v):
-    return v.reshape(len(v), -1, size.group, v.shape[-1])
+    return v.reshape(*v.shape[:-2], -1, size.group, v.shape[-1])
 
 
 def _buffer(size, slots, dtype):

@@ -26,7 +26,7 @@ class Forward(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def depth_mix(w, sources, counts, eps, handed_on, backend):
+def depth_mix(w, sources, counts, eps, handed_on, backend, slots=None):
     """Mixtures [S, *tokens, D] in the sources' dtype, log-sum-exp [S, *tokens] fp32, and the sources.
 
     Args:
@@ -37,33 +37,40 @@ def depth_mix(w, sources, counts, eps, handed_on, backend):
       handed_on: return the sources too, for later reads to take: their cotangents then arrive here
         summed, and this read adds its own in place. Else the third result is ().
       backend: one of `BACKENDS`: Mosaic on TPU, Mosaic on GPU, jax-triton.
+      slots: None, or for each array None or an int32 scalar: all arrays are [slots, R_k, *tokens, D], and the
+        sources lie in this slot. "tpu" alone takes them so.
 
     Raises:
       ValueError: for shapes or dtypes that do not fit together, and for sizes that the backend does not take.
     """
-    return _forward(w, sources, counts, eps, handed_on, backend)[0]
+    return _forward(w, sources, counts, eps, handed_on, backend, slots)[0]
 
 
-def _forward(w, sources, counts, eps, handed_on, backend):
-    _check(w, sources, counts)
+def _forward(w, sources, counts, eps, handed_on, backend, slots):
+    slots = None if slots is None or slots[0] is None else slots
+    lead = _check(w, sources, counts, slots, backend)
     run = sequential_vmap(functools.partial(_module(backend).forward, eps=eps))
-    out = run(w, tuple(map(_flat, sources)), counts)
-    shape = sources[0].shape[1:]
+    out = run(w, _flat(sources, lead), counts, *(() if slots is None else (slots,)))
+    shape = sources[0].shape[lead:]
     done = out.mixture.reshape(-1, *shape), out.lse.reshape(-1, *shape[:-1])
     # The sources as they came: a reshaped one would be another value, and kept as such.
-    return (*done, sources if handed_on else ()), (w, sources, counts, out.lse, out.stats)
+    return (*done, sources if handed_on else ()), (w, sources, counts, slots, out.lse, out.stats)
 
 
 def _backward(eps, handed_on, backend, kept, cotangents):
-    w, sources, counts, lse, stats = kept
+    w, sources, counts, slots, lse, stats = kept
     d_mixture, d_lse, d_sources = cotangents
+    lead, given = (1, ()) if slots is None else (2, (slots,))
     if not handed_on:  # rows that nobody reads need zeros from somewhere
-        d_sources = None if all(n is None for n in counts) else tuple(map(jnp.zeros_like, sources))
-    d_sources = None if d_sources is None else tuple(map(_flat, d_sources))
+        d_sources = (
+            None if not given and all(n is None for n in counts) else tuple(map(jnp.zeros_like, sources))
+        )
+    d_sources = None if d_sources is None else _flat(d_sources, lead)
     run = sequential_vmap(functools.partial(_module(backend).backward, eps=eps))
-    args = (w, tuple(map(_flat, sources)), counts, lse, stats, _flat(d_mixture), d_lse.reshape(len(w), -1))
-    d_w, d_sources = run(*args, d_sources)
-    return d_w, tuple(d.reshape(v.shape) for d, v in zip(d_sources, sources, strict=True)), None
+    (d_mixture,) = _flat((d_mixture,), 1)
+    args = (w, _flat(sources, lead), counts, lse, stats, d_mixture, d_lse.reshape(len(w), -1), d_sources)
+    d_w, d_sources = run(*args, *given)
+    return d_w, tuple(d.reshape(v.shape) for d, v in zip(d_sources, sources, strict=True)), None, None
 
 
 def refusal(S: int, R: int, D: int, dtype: DTypeLike, backend: str) -> str | None:
@@ -71,7 +78,8 @@ def refusal(S: int, R: int, D: int, dtype: DTypeLike, backend: str) -> str | Non
     return (config.tpu_refusal if backend == "tpu" else _module(backend).refusal)(S, R, D, dtype)
 
 
-def _check(w, sources, counts):
+def _check(w, sources, counts, slots, backend):
+    """How many axes of the sources lie before the tokens."""
     if w.ndim != 2 or not len(w):
         raise ValueError(f"w must be [S, D] with S >= 1, got {w.shape}")
     if not sources or not all(map(len, sources)):
@@ -80,14 +88,18 @@ def _check(w, sources, counts):
         raise ValueError(
             f"counts must say None or a number for each of {len(sources)} arrays, got {len(counts)}"
         )
-    shape, dtype = (*sources[0].shape[1:-1], w.shape[-1]), sources[0].dtype
+    if slots is not None and (backend != "tpu" or any(slot is None for slot in slots)):
+        raise ValueError(f"slots are for 'tpu', one for each array, got {slots} for {backend!r}")
+    lead, rows = (1, "R") if slots is None else (2, "slots, R")
+    shape, dtype = (*sources[0].shape[lead:-1], w.shape[-1]), sources[0].dtype
     for k, v in enumerate(sources):
-        if v.shape[1:] != shape or v.dtype != dtype:
-            raise ValueError(f"sources[{k}] must be [R, {shape}] of {dtype}, got {v.shape} of {v.dtype}")
+        if v.shape[lead:] != shape or v.dtype != dtype:
+            raise ValueError(f"sources[{k}] must be [{rows}, {shape}] of {dtype}, got {v.shape} of {v.dtype}")
+    return lead
 
 
-def _flat(rows):
-    return rows.reshape(len(rows), -1, rows.shape[-1])
+def _flat(arrays, lead):
+    return tuple(a.reshape(*a.shape[:lead], -1, a.shape[-1]) for a in arrays)
 
 
 def _module(backend):
