@@ -173,7 +173,8 @@ def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]
     figure, columns, looks = _columns(output_rms)
     shares, *kinds = zip(*columns, strict=True)
     last = max(max(line.x) for line in output_rms)
-    marks = max(3, last // 8) if len(columns) > 1 else 1 if last <= 24 else 0.05
+    few = 1 if last <= 24 else 0.05
+    marks = max(3, int(last) // 8 | 1) if len(columns) > 1 else few  # odd: attention and MLP in turn
     units = "RMS over tokens and channels", "L2 norm (nats / token)"
     for panels, lines, unit in zip(kinds, (output_rms, gradient_norm), units, strict=True):
         said = unit if _one_scale(panels, lines) else f"{unit}, own scale"
