@@ -1,6 +1,6 @@
 """The figures: every scheme looks the same in all, what is drawn where, and that it can be read."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -141,6 +141,58 @@ def test_many_schemes_are_shared_out():
                 assert {axes.lines[0].get_alpha() for axes in row} == {1.0 if columns == 1 else figures.FAINT}
             legends = [axes.get_legend() for axes in figure.axes[columns:]] if columns > 1 else figure.legends
             assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == shares
+
+
+@pytest.mark.parametrize(
+    ("sweep", "of"), [("depth_width", 3 * "plain " + 3 * "block "), ("block_size", 2 * "block ")]
+)
+def test_many_rows_of_a_scheme_are_shared_out(sweep, of):
+    """Three of a colour in a panel, three panels in a row, the same sizes of two schemes above each other;
+    panels of a kind have one scale; each has its units, and a title that touches no other."""
+    labels = rows_of(sweeps.SWEEPS[sweep])
+    series = [
+        figures.Series(label, range(1, 25), np.geomspace(1, at + 2, 24)) for at, label in enumerate(labels)
+    ]
+    for figure in (figures.loss_curves(series, series), figures.depth_dynamics(series, series)):
+        assert not list(untidy(figure))
+        half = len(figure.axes) // 2
+        for panels in (figure.axes[:half], figure.axes[half:]):
+            shares = [names_in(axes) for axes in panels]
+            assert [name for share in shares for name in share[1:]] == labels[1:]
+            assert {share[0] for share in shares} == {labels[0]}
+            assert [len(share) for share in shares] == [4 - (sweep == "depth_width"), *[4] * (half - 1)]
+            assert len({axes.get_position().x0 for axes in panels}) == min(half, figures.ACROSS)
+            assert len({axes.get_ylim() for axes in panels}) == 1
+            assert len({axes.get_ylabel() for axes in panels}) == 1
+            titles = [axes.get_title(loc="left").split(": ") for axes in panels]
+            assert [title[-1] for title in titles] == of.split()
+            assert [len(title) for title in titles] == [1 + (at % 3 == 0) for at in range(half)]
+        lines = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() != "None"]
+        assert {line.get_markevery() for line in lines} <= {0.1, 3}
+        boxes = [axes._left_title.get_window_extent() for axes in figure.axes]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_colours_decide_who_shares_a_panel():
+    """Nine labels in two shares; where four of one colour meet in a share, those of it go apart."""
+    wine = ["full_static", "block_heads", "mhc_lite", "mrla"]
+    few = ["full", "mhc", "hc", "ddl"]
+    mixed = [name for both in zip(wine, few, strict=True) for name in both]
+    assert [len(share) for share in figures._shares("plain", *mixed)] == [4, 4]
+    assert figures._shares("plain", *wine, *few) == [wine[:2], wine[2:], few]
+    assert figures._shares("plain", *wine[:3], *few) == [(*wine[:3], *few)]
+
+
+def test_lines_too_far_apart_have_scales_of_their_own():
+    """One run's gradient falls by nine decades: on one scale it would flatten all others."""
+    labels = rows_of(sweeps.SWEEPS["block_size"])
+    series = [figures.Series(label, range(1, 33), [1.0] * 32) for label in labels]
+    falls = [*series[:-1], figures.Series(labels[-1], range(1, 33), np.geomspace(1, 1e-9, 32))]
+    first, second = figures.depth_dynamics(series, falls).axes[2:]
+    assert first.get_ylim()[0] > 0.01
+    assert second.get_ylim()[0] < 1e-8
+    assert {axes.get_ylabel() for axes in (first, second)} == {"L2 norm (nats / token), own scale"}
+    assert "own scale" not in figures.depth_dynamics(falls[-1:], falls[-1:]).axes[1].get_ylabel()
 
 
 def test_a_run_that_diverged_hides_no_others():

@@ -4,6 +4,7 @@ How a scheme is drawn, `looks` says.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,12 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from attnres_jax.analysis.looks import Style, colour, styles
+from attnres_jax.analysis.looks import Style, colour, scheme, styles
 
 FEW = 6
 """Schemes whose seeds are drawn one by one, and named inside the first panel."""
 MANY = 8
 """Those that a panel has room for; more are shared out among panels."""
+ALIKE = 3
+"""Lines of one colour that are told apart in a panel; more are shared out too."""
+ACROSS = 3
+"""Columns of panels at the width of a page."""
+WIDE = 1e3
+"""Times the least value: a logarithmic axis that goes so far has decades alone, and suits no other lines."""
 FAINT = 0.4
 """How opaque the scheme is that all are compared with, where it is in several panels: black becomes grey."""
 FAR = 4
@@ -48,7 +55,8 @@ def save(figure: Figure, path: Path) -> Path:
 def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
     """Bits per byte against the step: the whole run, and its second half close up.
 
-    Of many schemes those are left out of the close-up whose loss lies far above the others', and named there.
+    Where there are several columns, those schemes are left out of the close-up whose loss lies far above the
+    others', and named there.
     """
     figure, columns, looks = _columns(train)
     last = max(max(line.x) for line in train)
@@ -58,6 +66,7 @@ def loss_curves(train: Sequence[Series], heldout: Sequence[Series]) -> Figure:
     if len(columns) > 1:
         high = min(high, low + FAR * (float(np.median(losses)) - low))
     margin = 0.05 * (high - low) or 0.05
+    _one_scale([whole for _, whole, _ in columns], train)
     for names, whole, end in columns:
         for axes in (whole, end):
             _lines(axes, _of(names, train), looks, linewidth=1.6, markersize=3, markevery=0.1)
@@ -81,29 +90,69 @@ def _late(line, last):
 def _columns(lines):
     """A figure of two kinds of panels, which labels go into which two of them, and the looks of all labels.
 
-    Of few labels the two lie side by side; many are shared out, each share beside the first label, to which
-    the others are compared, in a column of its own.
+    The two lie side by side; or labels are shared out, each share beside the first label, to which the others
+    are compared, in a column of its own. The figure's axes are all of one kind, then all of the other.
     """
     looks = styles([line.label for line in lines])
     first, *rest = looks
-    if len(looks) <= MANY:
+    shares = _shares(first, *rest)
+    if len(shares) == 1:
         figure = blank(10.0, 4.0)
         return figure, [((first, *rest), *figure.subplots(1, 2))], looks
-    shares = np.array_split(rest, -(-len(rest) // FEW))
-    figure = blank(0.8 + 4.2 * len(shares), 8.6)
-    panels = figure.subplots(2, len(shares), squeeze=False).T
-    return figure, [((first, *map(str, s)), *axes) for s, axes in zip(shares, panels, strict=True)], looks
+    deep = -(-len(shares) // ACROSS)
+    across = -(-len(shares) // deep)
+    figure = blank(0.8 + 4.2 * across, 8.6 * deep)
+    grid, places = figure.add_gridspec(2 * deep, across), [divmod(at, across) for at in range(len(shares))]
+    kinds = [[figure.add_subplot(grid[2 * row + kind, at]) for row, at in places] for kind in (0, 1)]
+    return figure, [((first, *share), *pair) for share, *pair in zip(shares, *kinds, strict=True)], looks
+
+
+def _shares(first, *rest):
+    """Which labels go into a panel together, beside the first: all if few, else `FEW` at most in their order;
+    where that puts more than `ALIKE` of one colour together, those of each such colour apart, the first's
+    counted with it, so that the same sizes of two schemes come together in both."""
+    shares = [rest] if len(rest) < MANY else _split(rest, FEW)
+    if all(n <= ALIKE for share in shares for n in Counter(map(colour, share)).values()):
+        return shares
+    counts = Counter(map(colour, rest))
+    many = [paint for paint, n in counts.items() if n > ALIKE]
+    alike = [[label for label in (first, *rest) if colour(label) == paint] for paint in many]
+    shares = [share for labels in alike for share in _split(labels, ALIKE)]
+    shares += _split([label for label in rest if counts[colour(label)] <= ALIKE], FEW)
+    return [[label for label in share if label != first] for share in shares]
+
+
+def _split(labels, most):
+    count = -(-len(labels) // most)
+    return [[str(label) for label in share] for share in np.array_split(labels, count)] if count else []
+
+
+def _one_scale(panels, lines):
+    """Share the y axis, whether or not the lines are all in one panel; False where they go too far apart."""
+    ys = [y for line in lines for y in line.y if y > 0 and math.isfinite(y)] or [1.0]
+    if len(panels) > 1 and max(ys) > WIDE * min(ys):
+        return False
+    for axes in panels[1:]:
+        axes.sharey(panels[0])
+    return True
 
 
 def _of(labels, lines):
     return [line for line in lines if line.label in labels]
 
 
-def _title(columns, one, other):
-    """Above the panels of each kind: once, at the left, where they are a row."""
-    side = "left" if len(columns) > 1 else "center"
-    for axes, title in zip(columns[0][1:], (one, other), strict=True):
-        axes.set_title(title, loc=side)
+def _title(columns, *kinds):
+    """Above the panels of each kind: once, at the left, where they are a row; and of which scheme each is."""
+    if len(columns) == 1:
+        for axes, kind in zip(columns[0][1:], kinds, strict=True):
+            axes.set_title(kind)
+        return
+    for (_, *rest), *pair in columns:
+        of = {scheme(label) for label in rest}
+        look: dict[str, Any] = {"loc": "left", "fontsize": "medium" if len(of) == 1 else "large"}
+        for axes, kind in zip(pair, kinds, strict=True):
+            said = [kind] if axes.get_subplotspec().is_first_col() else []
+            axes.set_title(": ".join([*said, *of] if len(of) == 1 else said), **look)
 
 
 def _legend(figure, columns=()):
@@ -120,22 +169,20 @@ def _legend(figure, columns=()):
 
 
 def depth_dynamics(output_rms: Sequence[Series], gradient_norm: Sequence[Series]) -> Figure:
-    """Output RMS and gradient norm of every sublayer; of many schemes each panel has its own scale."""
+    """Output RMS and gradient norm of every sublayer."""
     figure, columns, looks = _columns(output_rms)
+    shares, *kinds = zip(*columns, strict=True)
     last = max(max(line.x) for line in output_rms)
+    few = 1 if last <= 24 else 0.05
+    marks = max(3, int(last) // 8 | 1) if len(columns) > 1 else few  # odd: attention and MLP in turn
     units = "RMS over tokens and channels", "L2 norm (nats / token)"
-    for names, *pair in columns:
-        for axes, lines, unit in zip(pair, (output_rms, gradient_norm), units, strict=True):
-            _lines(
-                axes,
-                _of(names, lines),
-                looks,
-                linewidth=1.6,
-                markersize=3,
-                markevery=1 if last <= 24 else 0.05,
-            )
-            axes.set(xlabel="sublayer", ylabel=unit, yscale="log", xlim=(0.5, last + 0.5))
+    for panels, lines, unit in zip(kinds, (output_rms, gradient_norm), units, strict=True):
+        said = unit if _one_scale(panels, lines) else f"{unit}, own scale"
+        for names, axes in zip(shares, panels, strict=True):
+            _lines(axes, _of(names, lines), looks, linewidth=1.6, markersize=3, markevery=marks)
+            axes.set(xlabel="sublayer", ylabel=said, yscale="log", xlim=(0.5, last + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        for axes in panels:
             _plain_log_ticks(axes.yaxis)
     _title(columns, "Output of each sublayer", "Parameter gradient of each sublayer")
     _legend(figure, columns)
@@ -317,7 +364,7 @@ def _plain_log_ticks(axis):
         axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
     else:
-        subs = (1,) if high / low > 1e3 else (1, 2, 5) if high / low > 6 else range(1, 10)
+        subs = (1,) if high / low > WIDE else (1, 2, 5) if high / low > 6 else range(1, 10)
         axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -60,7 +60,7 @@ class Style(NamedTuple):
 
 def colour(label: str) -> str:
     """The colour of the scheme a label begins with."""
-    return LOOKS.get(_scheme(label), NEW)[0]
+    return LOOKS.get(scheme(label), NEW)[0]
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
@@ -68,17 +68,18 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
     Of one colour 36 differ as lines, nine also as dots, by the marker.
     """
-    firsts = {_scheme(label): label for label in reversed(labels)}
+    firsts = {scheme(label): label for label in reversed(labels)}
     taken: dict[str, tuple[str, int]] = {}
     for label in (*firsts.values(), *labels):
         if label not in taken:
-            paint, own = LOOKS.get(_scheme(label), NEW)
+            paint, own = LOOKS.get(scheme(label), NEW)
             turns = [(paint, (own + n) % TURNS) for n in range(TURNS)]
             taken[label] = next((turn for turn in turns if turn not in taken.values()), turns[0])
     return {label: _style(*taken[label]) for label in labels}
 
 
-def _scheme(label):
+def scheme(label: str) -> str:
+    """What a label begins with."""
     return label.split()[0]
 
 
