@@ -15,6 +15,7 @@ from test_bench import needs_libtpu
 
 from attnres_jax import __main__
 from attnres_jax.bench import bundles, cost, grids, hlo, reads, roofline
+from pallas_kernels.depth_mix import tpu as mix
 
 HLO = {"bfloat16": "bf16", "float32": "f32", "int32": "s32"}
 SCHEDULE = (Path(__file__).parent / "golden/kernel_final_bundles.txt").read_text()
@@ -216,6 +217,36 @@ def test_what_a_program_is_charged_is_what_the_grids_move(kernel, N, monkeypatch
     # A hidden sum is copied once; a prefetched scalar and small vectors may differ.
     assert charged.read == pytest.approx(np.mean([m.read for m in moved]), rel=0.03)
     assert charged.written == pytest.approx(np.mean([m.written for m in moved]), rel=0.03)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_slot_is_charged_as_an_array(direction, counted):
+    """One of three; where its rows are not counted all of them, also in a loop."""
+    w, v, *rest = roofline._arguments(roofline.Case(f"depth_mix_{direction}", 256, 5, 3), None)
+
+    def charged(slots, times):
+        def run(w, v, n, slot, *rest):
+            more = ((slot,),) if slots else ()
+            rest = (*rest[:-1], (rest[-1],)) if rest else ()
+            return getattr(mix, direction)(w, (v,), (n if counted else None,), *rest, *more, eps=1e-6)
+
+        index, wide = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((3, *v.shape), v.dtype)
+        given = (
+            (w, wide, index, index, *rest[:-1], *[wide][: len(rest)])
+            if slots
+            else (w, v, index, index, *rest)
+        )
+        (found,) = grids.calls(jax.make_jaxpr(run)(*given).jaxpr)
+        shapes = (
+            tuple(hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in some)
+            for some in (found.invars, found.outvars)
+        )
+        return reads.KERNELS[f"depth_mix_{direction}"](cost.Call(*shapes, times))
+
+    of_array, of_slot = charged(False, 4.0 if counted else 1.0), charged(True, 4.0)
+    assert of_slot.read == pytest.approx(of_array.read, rel=1e-6)
+    assert of_slot.written == pytest.approx(of_array.written, rel=1e-6)
 
 
 @needs_libtpu

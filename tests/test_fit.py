@@ -412,6 +412,35 @@ def test_permutes_of_a_pipeline_run_beside_compute(tmp_path, topology):
     assert "Messages of a pipeline" in said
 
 
+COPIES = """
+import json, sys
+from attnres_jax import configs
+from attnres_jax.bench import aot, cost, hlo, reads
+on = aot.found_slice("v5p:2x2x1", 1)
+config = configs.load(sys.argv[1].removeprefix("--config="), sys.argv[3:])
+found = cost.rows(hlo.parse(aot.compiled(config, 1024, on.devices).text), reads.KERNELS)
+print(json.dumps([
+    (row.kind, row.name, row.times, row.read, row.written, [s.size for s in row.shapes]) for row in found
+]))
+"""
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+@pytest.mark.slow
+def test_a_stage_s_cache_is_not_copied():
+    """What takes it, or its cotangents, but is no kernel, moves less than the rows of one microbatch."""
+    more = ["--config.mesh.stage=4", "--config.train.virtual_stages=2", "--config.mesh.fsdp=1"]
+    more += ["--config.model.blocks=16", "--config.train.accumulation=8", "--config.data.batch=512"]
+    command = [sys.executable, "-c", COPIES, *SMALL, *more]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    unit, kept, slots = 16 * 1024 * 128, 9, 8 + 1
+    whole = [row for row in rows if row[2] > 1 and slots * kept * unit in row[5]]
+    assert {row[0] for row in whole} > {"kernel"}
+    copies = [row for row in whole if row[0] != "kernel" and max(row[3:5]) >= kept * unit * 2]
+    assert not copies
+
+
 @needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
