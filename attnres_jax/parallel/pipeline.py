@@ -342,7 +342,8 @@ class _Run:
             d_x = d_x + live(d_beside, d_x)
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
         back, d = taken(d, base + at(cache.first, now.c), cache.window)
-        d = self._cleared(d, base, now)
+        if self.chunked.apart:  # else all of it is on its way
+            d = self._cleared(d, base, now)
         gradient = sums._replace(
             table=self.model.embedded(sums.table, d_x, micro),
             layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), sums.layers, d_layers),
