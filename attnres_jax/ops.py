@@ -52,7 +52,7 @@ def depth_mix(
         *done, same = mix_kernel.depth_mix(w, arrays, counts, rule.eps, keep, chosen, slots)
         return Partial(*done), same or after
 
-    shared, kinds = (w, counts, slots, logits), ("slots" if slotted else "rows",)
+    shared, kinds = (w, counts, slots if slotted else None, logits), ("slots" if slotted else "rows",)
     done, after = _local(chosen, placement, mix, shared, (arrays,), kinds, ("rows", *kinds))
     return done, tuple(map(Rows, after, counts, slots))
 

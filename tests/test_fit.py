@@ -69,15 +69,15 @@ def test_what_fits():
 
 
 def test_caches_by_hand():
-    """Units [B,T,D] of a device: of the embedding and four blocks, for each slot and the idle one; of their
-    cotangents, for each stage and the idle one; and messages."""
+    """Units [B,T,D] of a device: of the embedding and four blocks and of their cotangents, for each slot and
+    the idle one; and messages."""
     c = config("mesh.stage=4", "mesh.tensor=2", "data.batch=64", "train.accumulation=16", "model.blocks=16")
     unit = 64 // 16 // 2 * 512 * 768 * 2  # over data 2; tensor cuts T; bf16
     # 16 transformer blocks in blocks of four: each chunk makes one whole, and nothing leaves before it is
     # done but the two that the stage before it had passed on.
     slots, rows, hop = 2 * 4, 5, 3
     early, fresh = hop - 1, 1
-    assert fit.caches(c, VOCAB, DEVICES) == unit * ((slots + 1 + 4 + 1) * rows + early + fresh + hop)
+    assert fit.caches(c, VOCAB, DEVICES) == unit * (2 * (slots + 1) * rows + early + fresh + hop)
     assert fit.caches(config(), VOCAB, DEVICES) == 0
 
 

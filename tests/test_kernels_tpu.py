@@ -1,5 +1,7 @@
 """TPU kernels on the CPU: values and every gradient in the race-detecting interpreter, against fp64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from attnres_jax import depth, ops
 from attnres_jax.depth import Partial, Rows
 from attnres_jax.norm import RMSNorm
+from attnres_jax.parallel.chunk import Chunked
+from attnres_jax.parallel.timetable import Chunks
 from attnres_jax.rules import Rule
 from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import shapes as merge_shapes
@@ -189,6 +193,65 @@ def test_two_cores(monkeypatch):
 
 
 # Through the dispatcher ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_vmap_over_slots():
+    """Reads of other rows of other slots, one handing the array on to the other."""
+    w, v = drawn(mix_shapes.SHAPES["float32"], ((2, 3, 128), None), ((2, 3, 4, 8, 128), None))
+
+    def gradients(implementation):
+        def loss(w, v, n, slot):
+            how = {"rule": Rule(EPS), "implementation": implementation}
+            done, rows = ops.depth_mix(w / 11, (Rows(v, n, slot),), **how)
+            again, (rows,) = ops.depth_mix(w / 5, rows, last=True, **how)
+            return jnp.sum(done.mixture**2) + jnp.sum(again.mixture**3) + jnp.sum(rows.array[..., 0])
+
+        return jax.vmap(jax.grad(loss, (0, 1)))(w, v, jnp.array([3, 4]), jnp.array([2, 0]))
+
+    for got, want in zip(gradients("tpu"), gradients("reference"), strict=True):
+        close(got, want, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("S", [4, 2])
+def test_a_chunk_in_its_slot(S):
+    """The second chunk of a pipeline and the output read, which add their cotangents to those of their slot:
+    one block, or the second half of one; other slots are NaN, and stay so."""
+    scheme, L = toys.make("block", S), 8 if S == 2 else 12
+    toy = toys.cast(toys.toy(scheme, "am" * (L // 2), B=1, T=8, D=128), "float32")
+    chunks = Chunks(L, S, 2, 1)
+    rows, d_rows = drawn(mix_shapes.SHAPES["float32"], *[((chunks.cache.rows, 1, 8, 128), None)] * 2)
+    rows, d_rows = (
+        jnp.pad(a, [(len(a), len(a)), *[(0, 0)] * 3], constant_values=np.nan) for a in (rows, d_rows / 10)
+    )
+    base, c = jnp.int32(chunks.cache.rows), jnp.int32(1)
+
+    def run(implementation):
+        chunked = Chunked(
+            replace(scheme, implementation=implementation),
+            "am" * (L // 2),
+            chunks,
+            jax.checkpoint_policies.nothing_saveable,
+        )
+        params = jax.tree.map(lambda a: a[: len(chunked.longest) // 2], toy.params)
+        (after, total), pull = jax.vjp(
+            lambda *a: chunked.run(toys.layers(params), *a, base, c), toy.mix["sublayers"], params, rows
+        )
+        (h, _), pull_read = jax.vjp(lambda *a: chunked.finish(*a, base), toy.mix["output"], after)
+        *d_output, d_after = pull_read((jnp.ones_like(h), d_rows))
+        return (h, *d_output, *pull((d_after, total))), after
+
+    (got, after), (want, _) = (
+        jax.jit(run, static_argnums=0)("tpu"),
+        jax.jit(run, static_argnums=0)("reference"),
+    )
+    own = slice(chunks.cache.rows, 2 * chunks.cache.rows)
+    for one, other in zip(jax.tree.leaves((got, after)), jax.tree.leaves((want, after)), strict=True):
+        if one.shape == rows.shape:
+            assert np.isnan(np.delete(np.asarray(one), np.r_[own], 0)).all()
+            one, other = one[own], other[own]
+        close(one, other, 1e-5)
 
 
 def layers(params):

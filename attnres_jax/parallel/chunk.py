@@ -92,7 +92,7 @@ class Chunked:
     @property
     def in_place(self) -> bool:
         """Whether reads take blocks where a stage keeps them; else a chunk copies them out."""
-        return self.scheme.append_only and self.scheme.in_place
+        return self.scheme.append_only and self.scheme.in_place and self.scheme.no_kernel is None
 
     def run(
         self,
@@ -134,14 +134,12 @@ class Chunked:
     def finish(
         self, mix: dict[str, Array], rows: PyTree, base: Int[Array, ""]
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """The output read, of the units from `base` on after the last chunk; and `rows`, as they were."""
-        seen = self.chunks.begun[-1] + 1
+        """The output read of all units from `base` on, after the last chunk; and `rows`, as they were."""
         if self.in_place:
-            n = None if seen == self.cache.rows else seen
-            read: Any = self.scheme.finish(mix, (self._slot(rows, n, base),))
+            read: Any = self.scheme.finish(mix, (self._slot(rows, None, base),))
             return read.mixture, read.history[0].array.reshape(rows.shape)
         here, rows = window(rows, base, self.cache.rows)
-        read = self.scheme.finish(mix, (Rows(_summaries(here), seen),) if self.apart else pick(here, 0))
+        read = self.scheme.finish(mix, (Rows(_summaries(here)),) if self.apart else pick(here, 0))
         return read.mixture, rows
 
     def _appending(self, base, layers, segment, own, rows, c):
@@ -275,11 +273,6 @@ def slice_rows(tree: PyTree, first: Any, count: int) -> PyTree:
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, count), tree)
 
 
-def put_rows(tree: PyTree, rows: PyTree, *first: Any) -> PyTree:
-    """`rows` in place of as many of every leaf, from `first` on: a row, or a slot and a row in it."""
-
-    def write(a, b):
-        b = b.reshape(*[1] * (len(first) - 1), *b.shape)
-        return lax.dynamic_update_slice(a, b, (*first, *[0] * (a.ndim - len(first))))
-
-    return jax.tree.map(write, tree, rows)
+def put_rows(tree: PyTree, rows: PyTree, first: Any) -> PyTree:
+    """`rows` in place of as many of every leaf, from row `first` on."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, first, 0), tree, rows)

@@ -342,8 +342,6 @@ class _Run:
             d_x = d_x + live(d_beside, d_x)
         # On with what the chunk before is to have; the rest waits for earlier chunks of this stage.
         back, d = taken(d, base + at(cache.first, now.c), cache.window)
-        if self.chunked.apart:  # else all of it is on its way
-            d = self._cleared(d, base, now)
         gradient = sums._replace(
             table=self.model.embedded(sums.table, d_x, micro),
             layers=jax.tree.map(lambda a, g: a.at[now.v].add(live(g, a)), sums.layers, d_layers),
@@ -354,17 +352,6 @@ class _Run:
         )
         cache = again if self.chunked.in_place else rows  # what it has been written over, as it was
         return state._replace(cache=cache, d_cache=d, back=back, gradient=gradient)
-
-    def _cleared(self, d, base, now):
-        """`d` without what is used up: of the rows that the chunk made."""
-        fresh = at(self.cache.fresh, now.c)
-        made = (fresh + jnp.arange(self.cache.written)) >= at(self.chunked.open, now.c)
-
-        def clear(a):
-            return jnp.where(made.reshape(-1, *[1] * (a.ndim - 1)), 0, a)
-
-        rows = jax.tree.map(clear, slice_rows(d, base + fresh, self.cache.written))
-        return put_rows(d, rows, base + fresh)
 
     def _place(self, rows, now):
         """The slot of a microbatch, and where its rows begin."""

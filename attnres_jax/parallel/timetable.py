@@ -61,13 +61,13 @@ class Cache(NamedTuple):
     conveyor: int
     """Rows of its early part."""
     written: int
-    """Rows that a chunk returns, and that leave when it is done."""
+    """Rows that a chunk makes, and that leave when it is done."""
     first: tuple[int, ...]
     """Row where the message into a chunk begins, C + 1 numbers."""
     early: tuple[int, ...]
     """Row where its early part begins."""
     fresh: tuple[int, ...]
-    """The first row of those that a chunk returns, C numbers."""
+    """The first row of those that a chunk makes, C numbers."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Chunks:
     @cached_property
     def cache(self) -> Cache:
         """See `Cache`."""
-        rows = max(self.begun[-1] + 1, self.window, self.written)
+        rows = self.begun[-1] + 1
         # Nothing that counts goes into the first chunk, nor out of the last.
         first = [1, *(hop.first for hop in self.hops), 1]
         return Cache(

@@ -22,7 +22,6 @@ class Biased(AttnRes):
     many sources are younger. `queries=False` leaves the queries out: input-independent mixing (Table 4).
     """
 
-    in_place: ClassVar = False
     queries: bool = True
     recency: float = 0.0
     axes: ClassVar = {"logits": "LR"}

@@ -61,7 +61,7 @@ class Scheme(ABC):
     append_only: ClassVar[bool] = False
     """History is a tuple of `Rows`, to which `close` appends the stream and nothing else changes."""
     in_place: ClassVar[bool] = False
-    """Reads also take it in one slot of an array (`Rows.slot`), and hand that on."""
+    """Where kernels run, reads also take it in one slot of an array (`Rows.slot`), and hand that on."""
     axes: ClassVar[Mapping[str, str]] = {}
     """Parameters as rows of models/table.py: "LD", or "LD>m": a matrix, which decays. No L at the output."""
     matrices: ClassVar[bool] = False

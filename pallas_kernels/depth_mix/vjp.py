@@ -37,8 +37,8 @@ def depth_mix(w, sources, counts, eps, handed_on, backend, slots=None):
       handed_on: return the sources too, for later reads to take: their cotangents then arrive here
         summed, and this read adds its own in place. Else the third result is ().
       backend: one of `BACKENDS`: Mosaic on TPU, Mosaic on GPU, jax-triton.
-      slots: None, or for each array None or an int32 scalar: all arrays are [slots, R_k, *tokens, D], and the
-        sources lie in this slot. "tpu" alone takes them so.
+      slots: None, or for each array an int32 scalar: all arrays are [slots, R_k, *tokens, D], and the sources
+        lie in this slot. "tpu" alone takes them so.
 
     Raises:
       ValueError: for shapes or dtypes that do not fit together, and for sizes that the backend does not take.
@@ -47,7 +47,6 @@ def depth_mix(w, sources, counts, eps, handed_on, backend, slots=None):
 
 
 def _forward(w, sources, counts, eps, handed_on, backend, slots):
-    slots = None if slots is None or slots[0] is None else slots
     lead = _check(w, sources, counts, slots, backend)
     run = sequential_vmap(functools.partial(_module(backend).forward, eps=eps))
     out = run(w, _flat(sources, lead), counts, *(() if slots is None else (slots,)))
@@ -62,9 +61,8 @@ def _backward(eps, handed_on, backend, kept, cotangents):
     d_mixture, d_lse, d_sources = cotangents
     lead, given = (1, ()) if slots is None else (2, (slots,))
     if not handed_on:  # rows that nobody reads need zeros from somewhere
-        d_sources = (
-            None if not given and all(n is None for n in counts) else tuple(map(jnp.zeros_like, sources))
-        )
+        partly = slots is not None or any(n is not None for n in counts)
+        d_sources = tuple(map(jnp.zeros_like, sources)) if partly else None
     d_sources = None if d_sources is None else _flat(d_sources, lead)
     run = sequential_vmap(functools.partial(_module(backend).backward, eps=eps))
     (d_mixture,) = _flat((d_mixture,), 1)
@@ -88,8 +86,10 @@ def _check(w, sources, counts, slots, backend):
         raise ValueError(
             f"counts must say None or a number for each of {len(sources)} arrays, got {len(counts)}"
         )
-    if slots is not None and (backend != "tpu" or any(slot is None for slot in slots)):
-        raise ValueError(f"slots are for 'tpu', one for each array, got {slots} for {backend!r}")
+    if slots is not None and (backend != "tpu" or len(slots) != len(sources)):
+        raise ValueError(
+            f"slots are for 'tpu', one for each of {len(sources)} arrays, got {slots} for {backend!r}"
+        )
     lead, rows = (1, "R") if slots is None else (2, "slots, R")
     shape, dtype = (*sources[0].shape[lead:-1], w.shape[-1]), sources[0].dtype
     for k, v in enumerate(sources):
