@@ -181,7 +181,7 @@ class InputQuery(Dense):
         return jax.nn.softmax(jnp.where(seen[:, None, None], jnp.sum(query * keys, -1), -jnp.inf), 0)
 
     def _weights(self, slot, history):
-        array, n = history[-1]
+        array, n, _ = history[-1]
         before = array[(len(array) if n is None else n) - 1, 1]
         outputs = [Rows(some.array[:, 0], some.n) for some in history]
         return super()._weights(slot | {"before": before}, outputs)
