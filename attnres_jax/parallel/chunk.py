@@ -170,7 +170,7 @@ class Chunked:
         steps = {k: step(k) for k in set(kinds)}
         parts = tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds))
         xs = fold((mix, places), 1)
-        # `append_scan` leaves a used cotangent where it writes: no part of what was found there.
+        # `append_scan` leaves a used cotangent where it writes: cleared here, no part of what was found.
         rows = put(rows, lax.stop_gradient(found), block)
         rows, (ys,) = append_scan([Block(start, parts)], lambda own: [own], rows, block, xs, shares)
         if running is not True:
