@@ -117,7 +117,7 @@ def test_memory_is_flat_in_the_microbatches(residual, block_size):
     """Temporaries for M = 2 P and 8 P: the same, but for the tokens, cut into microbatches."""
     few, many = (compiled((2, 2, M, 4), residual, block_size).temporary for M in (4, 16))
     tokens = 4 * ROWS * (LENGTH + 1) * (16 - 4)
-    assert 0 <= many - few - tokens < 128  # of alignment
+    assert abs(many - few - tokens) < 128  # of alignment, either way
 
 
 @pytest.mark.slow
