@@ -88,7 +88,8 @@ def _check(w, sources, counts, slots, backend):
         )
     if slots is not None and (backend != "tpu" or len(slots) != len(sources)):
         raise ValueError(
-            f"slots are for 'tpu', one for each of {len(sources)} arrays, got {slots} for {backend!r}"
+            f"slots are for 'tpu', one for each of {len(sources)} arrays, got {slots} for {backend!r}: "
+            "give it array[slot] instead"
         )
     lead, rows = (1, "R") if slots is None else (2, "slots, R")
     shape, dtype = (*sources[0].shape[lead:-1], w.shape[-1]), sources[0].dtype
