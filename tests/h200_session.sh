@@ -42,7 +42,7 @@ for backend in triton gpu; do
   check $backend && runs=("$backend" "${runs[@]}")
 done
 [[ $STAGES == *kernels* ]] && stage kernels 250 "$PYTHON" -m attnres_jax bench kernels \
-  --minutes 3 --rounds 10 --reads 12 --out="$OUT/kernels.jsonl" \
+  --minutes 3 --rounds 6 --reads 12 --out="$OUT/kernels.jsonl" \
   --arms "${runs[@]}" fla-core fla-core-gluon fast-attnres flash-attn-res liger-kernel
 [[ $STAGES == *step* ]] && for width in 2304 4096; do
   keys=(--config.model.width=$width --config.model.blocks=6 --config.model.heads=$((width / 128))
