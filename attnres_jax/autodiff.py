@@ -22,16 +22,19 @@ class Once(NamedTuple):
 class Block(NamedTuple):
     """One iteration of `append_scan`: `open`, then steps in turn, `segments` of them `reps` times over.
 
-    `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
-    their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
-    step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
+    `open(rows, n, own)` sees n rows, reshaped by `view`, and returns what all steps share (first the rows;
+    some may be `Once`), their carry, and for each segment and step its inputs [reps, ...]. A step is `shared,
+    carry, y = step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
     hands both on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
     `row` is None or (array, place): where the value of the carry lies too (but for the block's first, which
-    `open` makes), so that a kernel need not have it copied out. The last carry is the new row.
+    `open` makes), so that a kernel need not have it copied out. The last carry is the new row. `keeps`: what
+    `open` makes is kept for the backward pass, without the rows; else it is made again.
     """
 
     open: Callable[..., tuple[Any, Array, list[list[Any]]]]
     segments: tuple[tuple[tuple[Callable[..., Any], ...], int], ...]
+    view: Callable[[Array], Array] = lambda rows: rows
+    keeps: bool = False
 
     @property
     def kept(self) -> int:
@@ -47,7 +50,7 @@ def append_scan(blocks, split, rows, n, xs, whole):
     is to `take`: scans inside scans would copy them, and their gradients, at each level. Returns the rows
     and, for each block, segment and step, the stacked y. Kept for the backward pass: the rows, once, for each
     was written once; the carry before each step, in one array that grows as they do; what steps keep of their
-    own. What `open` makes is made again.
+    own.
     """
     reps = len(jax.tree.leaves(xs)[0])
     count_kept = reps * sum(block.kept for block in blocks)
@@ -55,22 +58,20 @@ def append_scan(blocks, split, rows, n, xs, whole):
     kept = lax.empty((count_kept + (blocks[-1].segments[-1][1] > 1), *rows.shape[1:]), rows.dtype)
     n, converted, closed_over = jnp.asarray(n, jnp.int32), [], []
     for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
-        opened, carry, inputs = block.open(rows, n, own)  # for its types alone
+        opened, carry, inputs = block.open(block.view(rows), n, own)  # for its types alone
         shared = opened, whole
-        start, of_start = jax.closure_convert(block.open, rows, n, own)
+        start, of_start = jax.closure_convert(block.open, block.view(rows), n, own)
         segments, of_steps = [], []
         row = None if block.segments[0][1] == 1 else (kept, n)
         for (steps, times), values in zip(block.segments, inputs, strict=True):
             found = []
-            for step, value in zip(steps, values, strict=True):
-                found.append(
-                    jax.closure_convert(step, shared, carry, jax.tree.map(lambda a: a[0], value), row)
-                )
+            for step, value in zip(steps, jax.tree.map(lambda a: a[0], values), strict=True):
+                found.append(jax.closure_convert(step, shared, carry, value, row))
                 row = (kept, n)
             steps, closed = zip(*found, strict=True)
             segments.append((steps, times))
             of_steps.append(list(closed))
-        converted.append(Block(start, tuple(segments)))
+        converted.append(block._replace(open=start, segments=tuple(segments)))
         closed_over.append([of_start, of_steps])
     return _append_scan(tuple(converted), split, (count_kept, len(kept)), rows, n, xs, whole, closed_over)
 
@@ -94,14 +95,20 @@ def _append_fwd(blocks, split, counts, rows, n, xs, whole, closed_over):
             pulls.append(pull)
         return (rows, n, kept, at), (ys, pulls)
 
-    (rows, n, kept, _), (ys, pulls) = lax.scan(body, (rows, n, kept, jnp.int32(0)), xs)
+    (rows, n, kept, _), (ys, pulls) = _loop(body, (rows, n, kept, jnp.int32(0)), xs)
     return (rows, ys), (rows, n, kept, xs, whole, closed_over, pulls)
 
 
 def _forward(block, closed_over, rows, n, own, whole, keep):
-    """One block: its last carry, the kept ones, and for each segment and step y and pullback, [reps, ...]."""
-    opened, carry, inputs = block.open(rows, n, own, *closed_over[0])
-    ys, pulls = [], []
+    """One block: its last carry, the kept ones, and for each segment and step y and pullback, [reps, ...];
+    before these pullbacks, what `open` made and its own, or None."""
+    ys, args = [], (block.view(rows), n, own, closed_over[0])
+    if block.keeps:
+        made, pull = jax.vjp(partial(_spread, block.open), *args, saveable_args=False)
+        pulls = [(_with_rows(made, n), pull)]  # without the rows, which are written over
+    else:
+        made, pulls = _spread(block.open, *args), [None]
+    opened, carry, inputs = made
     for s, ((steps, reps), values, closed) in enumerate(
         zip(block.segments, inputs, closed_over[1], strict=True)
     ):
@@ -121,14 +128,20 @@ def _forward(block, closed_over, rows, n, own, whole, keep):
                     at = at + (r < reps - 1 if ends else 1)
             return (carry, kept, at), (ys, pulls)
 
-        (carry, *keep), (y, pull) = _loop(body, (carry, *keep), (jnp.arange(reps), values), reps)
+        (carry, *keep), (y, pull) = _loop(body, (carry, *keep), (jnp.arange(reps), values))
         ys.append(y)
         pulls.append(pull)
     return carry, keep, ys, pulls
 
 
-def _spread(step, shared, carry, value, row, own):
-    return step(shared, carry, value, row, *own)
+def _spread(f, *args):
+    return f(*args[:-1], *args[-1])
+
+
+def _with_rows(made, rows):
+    """What `open` made with `rows`, or a number in their place."""
+    (_, *others), tree = jax.tree.flatten(made)
+    return jax.tree.unflatten(tree, [rows, *others])
 
 
 def _append_bwd(blocks, split, counts, residuals, cotangents):
@@ -149,10 +162,9 @@ def _append_bwd(blocks, split, counts, residuals, cotangents):
             d_closed[j] = jax.tree.map(jnp.add, d_closed[j], d_own)
         return (d_rows, d_whole, d_closed, n, at), _drop_float0(join(d_parts)[0])
 
-    init = (d_rows, _unwritten(whole), jax.tree.map(jnp.zeros_like, closed_over), n, jnp.int32(counts[0]))
-    (d_rows, d_whole, d_closed, *_), d_xs = lax.scan(
-        body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True
-    )
+    d_whole, d_closed = _room(whole, lax.empty), jax.tree.map(jnp.zeros_like, closed_over)
+    init = (d_rows, d_whole, d_closed, n, jnp.int32(counts[0]))
+    (d_rows, d_whole, d_closed, *_), d_xs = _loop(body, init, (xs, pulls, _drop_float0(d_ys)), reverse=True)
     d_xs, d_whole = (_restore_float0(d, _tangents(a)) for d, a in ((d_xs, xs), (d_whole, whole)))
     return d_rows, None, d_xs, d_whole, d_closed  # those of rows that it wrote are used up, and left
 
@@ -160,8 +172,9 @@ def _append_bwd(blocks, split, counts, residuals, cotangents):
 def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far, d_carry, d_ys):
     """The transpose of `_forward`, on what it kept: cotangents of rows and whole (all so far), own,
     closed_over."""
-    opened = jax.vjp(lambda rows, own, closed: block.open(rows, n, own, *closed), rows, own, closed_over[0])
-    (shared, first, inputs), pull_open = opened
+    (of_open, *pulls), args = pulls, (block.view(rows), n, own, closed_over[0])
+    made, pull_open = of_open or jax.vjp(partial(_spread, block.open), *args, saveable_args=False)
+    shared, first, inputs = _with_rows(made, args[0])
     d_rows, d_whole = d_so_far
     d_shared, shared = (_fresh(shared, d_rows), d_whole), (shared, whole)
     of_shared = _tangents(shared)
@@ -190,20 +203,21 @@ def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far
         zeros = jax.tree.map(jnp.zeros_like, closed)
         of_input = _tangents(inputs[s])
         values = (jnp.arange(reps), inputs[s], pulls[s], _drop_float0(d_ys[s]))
-        state, d_value = _loop(body, (d_shared, d_carry, zeros, at), values, reps, reverse=True)
+        state, d_value = _loop(body, (d_shared, d_carry, zeros, at), values, reverse=True)
         d_shared, d_carry, d_closed[s], at = state
         d_inputs[s] = _restore_float0(d_value, of_input)
     d_opened, d_whole = d_shared
-    d_rows, d_own, d_start = pull_open((_restore_float0(d_opened, of_shared[0]), d_carry, d_inputs))
-    return d_rows, d_whole, d_own, [d_start, d_closed], at
+    pull_open = pull_open.replace(args_res=jax.tree.leaves(args))
+    d_view, _, d_own, d_start = pull_open((_restore_float0(d_opened, of_shared[0]), d_carry, d_inputs))
+    return d_view.reshape(rows.shape), d_whole, d_own, [d_start, d_closed], at
 
 
 _append_scan.defvjp(_append_fwd, _append_bwd)
 
 
-def _loop(body, state, xs, reps, reverse=False):
+def _loop(body, state, xs, reverse=False):
     """`lax.scan`, but once is not a loop."""
-    if reps > 1:
+    if len(jax.tree.leaves(xs)[0]) > 1:
         return lax.scan(body, state, xs, reverse=reverse)
     state, y = body(state, jax.tree.map(lambda a: a[0], xs))
     return state, jax.tree.map(lambda a: a[None], y)
@@ -211,23 +225,14 @@ def _loop(body, state, xs, reps, reverse=False):
 
 def _fresh(shared, d_rows):
     """The cotangent of `shared` after the last step: `d_rows` for its first leaf, nothing for the others."""
-
-    def start(node):
-        if isinstance(node, Once):
-            return _unwritten(node)
-        return None if _is_discrete(node) else jnp.zeros(node.shape, node.dtype)
-
     (rows, *others), tree = jax.tree.flatten(shared, is_leaf=lambda node: isinstance(node, Once))
-    return jax.tree.unflatten(tree, [d_rows.reshape(rows.shape), *map(start, others)])
+    others = [_room(node, lax.empty if isinstance(node, Once) else jnp.zeros) for node in others]
+    return jax.tree.unflatten(tree, [d_rows.reshape(rows.shape), *others])
 
 
-def _unwritten(tree):
-    """Room for the cotangent of what is taken once, row by row: each is written, none is added to."""
-    return jax.tree.map(lambda a: None if _is_discrete(a) else lax.empty(a.shape, a.dtype), tree)
-
-
-def _is_discrete(a):
-    return _tangent_aval(a).dtype == jax.dtypes.float0
+def _room(tree, make):
+    """For cotangents; `lax.empty` for what is taken once, row by row: each is written, none is added to."""
+    return jax.tree.map(lambda a: make(a.shape, a.dtype), _drop_float0(_tangents(tree)))
 
 
 @jax.custom_vjp
@@ -284,11 +289,7 @@ def taking(key: Any, step: Callable[..., Any], policy: Callable[..., Any]) -> Ca
 
 
 def _tangents(tree):
-    return jax.tree.map(_tangent_aval, tree)
-
-
-def _tangent_aval(x):
-    return jax.typeof(x).to_tangent_aval()
+    return jax.tree.map(lambda a: jax.typeof(a).to_tangent_aval(), tree)
 
 
 def _drop_float0(tree):
@@ -297,10 +298,7 @@ def _drop_float0(tree):
 
 
 def _restore_float0(tree, avals):
-    def fill(aval, d):
-        return np.zeros(aval.shape, jax.dtypes.float0) if d is None else d
-
-    return jax.tree.map(fill, avals, tree)
+    return jax.tree.map(lambda a, d: np.zeros(a.shape, jax.dtypes.float0) if d is None else d, avals, tree)
 
 
 def reverse_only(tree):

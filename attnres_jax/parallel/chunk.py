@@ -136,7 +136,7 @@ class Chunked:
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         """The output read of all units from `base` on, after the last chunk; and `rows`, as they were."""
         if self.in_place:
-            read: Any = self.scheme.finish(mix, (self._slot(rows, None, base),))
+            read: Any = self.scheme.finish(mix, (Rows(self._slots(rows), None, base // self.cache.rows),))
             return read.mixture, read.history[0].array.reshape(rows.shape)
         here, rows = window(rows, base, self.cache.rows)
         read = self.scheme.finish(mix, (Rows(_summaries(here)),) if self.apart else pick(here, 0))
@@ -154,7 +154,7 @@ class Chunked:
         (found,), rows = window(rows, block, 1)
 
         def start(rows, n, own) -> Any:
-            seen = Rows(rows, n) if base is None else self._slot(rows, n - base, base)
+            seen = Rows(rows, n) if base is None else Rows(rows, n - base, base // self.cache.rows)
             slots, history = scheme.open(own[0], (seen,), begins)
             stream = scheme.begin(history)
             if begins is not True and stream is not None:
@@ -172,16 +172,17 @@ class Chunked:
         xs = fold((mix, places), 1)
         # `append_scan` leaves a used cotangent where it writes: cleared here, no part of what was found.
         rows = put(rows, lax.stop_gradient(found), block)
-        rows, (ys,) = append_scan([Block(start, parts)], lambda own: [own], rows, block, xs, shares)
+        view = (lambda rows: rows) if base is None else self._slots
+        one = Block(start, parts, view, self.policy is jax.checkpoint_policies.everything_saveable)
+        rows, (ys,) = append_scan([one], lambda own: [own], rows, block, xs, shares)
         if running is not True:
             (new,), rows = window(rows, block, 1)
             rows = put(rows, select(running, new, found), block)
         return rows, self._penalty(running, kinds, jax.tree.map(lambda a: a[0], ys))
 
-    def _slot(self, rows, n, base):
-        """The first `n` of the units from `base` on, which reads take where they lie."""
-        array = rows.reshape(-1, self.cache.rows, *rows.shape[1:])
-        return Rows(array, n, base // self.cache.rows)
+    def _slots(self, rows):
+        """Units by slot of the cache, in one of which reads take them where they lie."""
+        return rows.reshape(-1, self.cache.rows, *rows.shape[1:])
 
     def _closing(self, layers, segment, own, rows, c):
         """The same where a block leaves another row than its stream: both are kept, as `Kept`."""
