@@ -428,10 +428,12 @@ print(json.dumps([
 @needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
-def test_a_stage_s_cache_is_not_copied():
+@pytest.mark.parametrize("remat", ["nothing", "everything"])
+def test_a_stage_s_cache_is_not_copied(remat):
     """What takes it, or its cotangents, but is no kernel, moves less than the rows of one microbatch."""
     more = ["--config.mesh.stage=4", "--config.train.virtual_stages=2", "--config.mesh.fsdp=1"]
     more += ["--config.model.blocks=16", "--config.train.accumulation=8", "--config.data.batch=512"]
+    more += [f"--config.model.remat={remat}"]
     command = [sys.executable, "-c", COPIES, *SMALL, *more]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     unit, kept, slots = 16 * 1024 * 128, 9, 8 + 1

@@ -1,5 +1,6 @@
 """A pipelined model is the model: loss, gradients, evaluation, and the run that trains it."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -164,6 +165,7 @@ def test_with_other_mesh_axes(mesh, keys):
         {"model__tied": False, "optim__z_loss": 0.1, "train__vocab_chunks": 3, "mesh": {"fsdp": 2}},
         {"model__remat": "dots"},
         {"model__remat": "everything"},
+        {"model__remat": "everything", "block_size": 3},
         {"residual": "plain", "model__remat": "everything"},
         {"residual": "rms_block", "model__remat": "dots"},
         {"data__segments": True, "mesh": {"data": 2}},
@@ -173,6 +175,18 @@ def test_with_other_mesh_axes(mesh, keys):
 def test_with_what_a_run_may_have(keys):
     """An untied head, z-loss, logits in chunks, remat policies, documents apart."""
     assert_same(made(config_of((2, 2, 4, 4), **keys), end=3 if "data__segments" in keys else None))
+
+
+@pytest.mark.parametrize(("remat", "count"), [("nothing", 1 + 4 + 3), ("everything", 1 + 3 + 2)])
+def test_phase_1_is_kept_where_all_is(remat, count):
+    """How often it stands in ticks forward, both ways, and backward: by a chunk forward, again where it runs
+    backward, and then once more, but where all is kept; by the head, in the last two."""
+    case = made(config_of((2, 2, 4, 4), model__remat=remat))
+    program = jax.jit(case.pipe.value_and_grad)
+    text = program.lower(case.pipe.staged(case.params), case.tokens, case.count).as_text(debug_info=True)
+    named = set(re.findall(r'^(#loc\d+) = loc\("[^"]*\bdepth_mix\b[^"]*/exp"', text, re.MULTILINE))
+    places = re.findall(r"stablehlo\.exponential .*loc\((#loc\d+)\)", text)
+    assert sum(place in named for place in places) == count
 
 
 def in_fp64(size, block_size, case):
