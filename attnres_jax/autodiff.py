@@ -22,13 +22,14 @@ class Once(NamedTuple):
 class Block(NamedTuple):
     """One iteration of `append_scan`: `open`, then steps in turn, `segments` of them `reps` times over.
 
-    `open(rows, n, own)` sees n rows, reshaped by `view`, and returns what all steps share (first the rows;
-    some may be `Once`), their carry, and for each segment and step its inputs [reps, ...]. A step is `shared,
-    carry, y = step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
+    `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
+    their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
+    step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
     hands both on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
     `row` is None or (array, place): where the value of the carry lies too (but for the block's first, which
-    `open` makes), so that a kernel need not have it copied out. The last carry is the new row. `keeps`: what
-    `open` makes is kept for the backward pass, without the rows; else it is made again.
+    `open` makes), so that a kernel need not have it copied out. The last carry is the new row.
+    `view` reshapes rows for `open`, which takes them as they come: its pullback then keeps none. `keeps`:
+    what it makes is kept for the backward pass, which else makes it again.
     """
 
     open: Callable[..., tuple[Any, Array, list[list[Any]]]]

@@ -109,7 +109,7 @@ class Chunked:
         `rows` holds other units too, which stay as they are. `params` are kind -> leaves [n, ...] of the
         longest chunk, `mix` the parameters of all sublayers. A chunk runs forward in its own tick and again
         in that of its backward pass, which starts from the rows alone; what a sublayer does not keep there,
-        by `policy`, is computed a third time.
+        by `policy`, is computed a third time, and what opens a block unless all is kept.
         """
         given = jnp.asarray(self.chunks.bounds)[c] + jnp.arange(len(self.longest))
         # Beyond the end of a shorter chunk stands some sublayer, whose output is left out.
