@@ -214,10 +214,12 @@ def test_vmap_over_slots():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["nothing_saveable", "everything_saveable"])
 @pytest.mark.parametrize("S", [4, 2])
-def test_a_chunk_in_its_slot(S):
+def test_a_chunk_in_its_slot(S, policy):
     """The second chunk of a pipeline and the output read, which add their cotangents to those of their slot:
-    one block, or the second half of one; other slots are NaN, and stay so."""
+    one block, or the second half of one; other slots are NaN, and stay so. What opens a block is made again
+    for the backward pass, or kept."""
     scheme, L = toys.make("block", S), 8 if S == 2 else 12
     toy = toys.cast(toys.toy(scheme, "am" * (L // 2), B=1, T=8, D=128), "float32")
     chunks = Chunks(L, S, 2, 1)
@@ -232,7 +234,7 @@ def test_a_chunk_in_its_slot(S):
             replace(scheme, implementation=implementation),
             "am" * (L // 2),
             chunks,
-            jax.checkpoint_policies.nothing_saveable,
+            getattr(jax.checkpoint_policies, policy),
         )
         params = jax.tree.map(lambda a: a[: len(chunked.longest) // 2], toy.params)
         (after, total), pull = jax.vjp(
