@@ -385,7 +385,9 @@ class _Run:
             last=add(sums.last, d_last),
             unembedding=add(sums.unembedding, d_unembedding),
         )
-        return state._replace(gradient=gradient, total=add(state.total, found), d_cache=d_cache)
+        found = add(state.total, found)
+        # Of a batch of one on each device XLA takes the head's for [1, rows, ..], and copies them to add to.
+        return state._replace(gradient=gradient, total=found, d_cache=self._rows(d_cache))
 
     def _headed(self, state, t):
         """The same, of a forward pass alone."""
@@ -450,15 +452,6 @@ class _Run:
         """What is carried lies on the automatic mesh axes as activations and parameters do."""
         around = jax.sharding.get_abstract_mesh()
 
-        def rows(tree):
-            def place(a):
-                spec = P(*[None] * (a.ndim - 3), *self.pipeline.spec)
-                a = lax.with_sharding_constraint(a, NamedSharding(around, spec))
-                # XLA may carry another layout than all take, and copy whole caches in every tick.
-                return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
-
-            return jax.tree.map(place, tree)
-
         def leaf(a, spec, lead=()):
             return lax.with_sharding_constraint(a, NamedSharding(around, P(*lead, *spec)))
 
@@ -469,5 +462,16 @@ class _Run:
             table, shared = leaf(gradient.table, self.pipeline.columns), gradient.shared
             shared = jax.tree.map(leaf, shared, self.pipeline.shared)
             gradient = gradient._replace(layers=layers, table=table, shared=shared)
-        kept = {name: rows(getattr(state, name)) for name in ("cache", "given", "early", "fresh")}
-        return state._replace(gradient=gradient, d_cache=rows(state.d_cache), back=rows(state.back), **kept)
+        names = ("cache", "given", "early", "fresh", "d_cache", "back")
+        return state._replace(gradient=gradient, **{name: self._rows(getattr(state, name)) for name in names})
+
+    def _rows(self, tree):
+        """Where units lie. In another layout than all take, XLA may copy whole caches in every tick."""
+        around = jax.sharding.get_abstract_mesh()
+
+        def place(a):
+            spec = P(*[None] * (a.ndim - 3), *self.pipeline.spec)
+            a = lax.with_sharding_constraint(a, NamedSharding(around, spec))
+            return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
+
+        return jax.tree.map(place, tree)
