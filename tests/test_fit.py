@@ -428,15 +428,17 @@ print(json.dumps([
 @needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["nothing", "everything"])
-def test_a_stage_s_cache_is_not_copied(remat):
+@pytest.mark.parametrize(
+    ("remat", "batch", "length"), [("nothing", 512, 256), ("everything", 512, 256), ("everything", 8, 4096)]
+)
+def test_a_stage_s_cache_is_not_copied(remat, batch, length):
     """What takes it, or its cotangents, but is no kernel, moves less than the rows of one microbatch."""
     more = ["--config.mesh.stage=4", "--config.train.virtual_stages=2", "--config.mesh.fsdp=1"]
-    more += ["--config.model.blocks=16", "--config.train.accumulation=8", "--config.data.batch=512"]
-    more += [f"--config.model.remat={remat}"]
+    more += ["--config.model.blocks=16", "--config.train.accumulation=8", f"--config.data.batch={batch}"]
+    more += [f"--config.model.remat={remat}", f"--config.data.length={length}"]
     command = [sys.executable, "-c", COPIES, *SMALL, *more]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    unit, kept, slots = 16 * 1024 * 128, 9, 8 + 1
+    unit, kept, slots = batch // 8 * length * 128, 9, 8 + 1
     whole = [row for row in rows if row[2] > 1 and slots * kept * unit in row[5]]
     assert {row[0] for row in whole} > {"kernel"}
     copies = [row for row in whole if row[0] != "kernel" and max(row[3:5]) >= kept * unit * 2]
