@@ -140,7 +140,8 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
                 history, aux = _once(scheme, steps, some[0], policy, own, whole, history)
             parts.append(aux)
             at += len("".join(some)) * times
-    h = jax.checkpoint(lambda mix, history: scheme.finish(mix, history).mixture)(mix.output, history)
+    kept = policies.save_only_these_names("statistics")
+    h = jax.checkpoint(lambda *args: scheme.finish(*args).mixture, policy=kept)(mix.output, history)
     return DepthOutput(h, join(parts), None)
 
 

@@ -301,16 +301,16 @@ def test_vmap():
 
 LOWERED = {
     # scheme, S, kinds: kernels of a step; a forward one also where the backward pass makes it again
-    ("block", 4, "am" * 8): {"mix_forward": 4, "mix_backward": 2, "merge_forward": 4, "merge_backward": 2},
-    ("full", 1, "am" * 4): {"mix_forward": 6, "mix_backward": 3, "merge_forward": 0, "merge_backward": 0},
+    ("block", 4, "am" * 8): {"mix_forward": 3, "mix_backward": 2, "merge_forward": 4, "merge_backward": 2},
+    ("full", 1, "am" * 4): {"mix_forward": 5, "mix_backward": 3, "merge_forward": 0, "merge_backward": 0},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "wanted"), LOWERED.items(), ids=["block", "full"])
 def test_one_kernel_a_site(case, wanted):
-    """In the program for a TPU, whatever its depth: what repeats is one loop. Phase 1 and the output read are
-    made again in the backward pass."""
+    """In the program for a TPU, whatever its depth: what repeats is one loop. Phase 1 is made again in the
+    backward pass; the output read, which keeps its statistics, is not."""
     name, size, kinds = case
     scheme = toys.make(name, size)
     toy = toys.cast(toys.toy(scheme, kinds, B=1, T=128, D=128), "float32")

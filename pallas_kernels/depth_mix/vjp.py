@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import sequential_vmap
 from jax.typing import DTypeLike
 
@@ -52,8 +53,9 @@ def _forward(w, sources, counts, eps, handed_on, backend, slots):
     out = run(w, _flat(sources, lead), counts, *(() if slots is None else (slots,)))
     shape = sources[0].shape[lead:]
     done = out.mixture.reshape(-1, *shape), out.lse.reshape(-1, *shape[:-1])
+    lse, stats = jax.tree.map(lambda a: checkpoint_name(a, "statistics"), (out.lse, out.stats))
     # The sources as they came: a reshaped one would be another value, and kept as such.
-    return (*done, sources if handed_on else ()), (w, sources, counts, slots, out.lse, out.stats)
+    return (*done, sources if handed_on else ()), (w, sources, counts, slots, lse, stats)
 
 
 def _backward(eps, handed_on, backend, kept, cotangents):
