@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from attnres_jax.autodiff import Block, append_scan, reverse_only, taking
@@ -174,11 +175,11 @@ def _repeat(scheme, steps, blocks, reps, policy, own, history):
 
         return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in runs(kinds)))
 
-    rows = jnp.concatenate([r.array for r in history])
+    parts, rows = [block(b) for b in blocks], jnp.concatenate([r.array for r in history])
+    # And their cotangents: XLA turned those of all rows, as the embedding's gradient wants the first row's.
+    rows = with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
     room = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
-    rows, ys = append_scan(
-        [block(b) for b in blocks], split, room, len(rows), fold((mix, places), reps), shares
-    )
+    rows, ys = append_scan(parts, split, room, len(rows), fold((mix, places), reps), shares)
     return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))
 
 
