@@ -106,7 +106,7 @@ def _forward(block, closed_over, rows, n, own, whole, keep):
     ys, args = [], (block.view(rows), n, own, closed_over[0])
     if block.keeps:
         made, pull = jax.vjp(partial(_spread, block.open), *args, saveable_args=False)
-        pulls = [(_with_rows(made, n), pull)]  # without the rows, which are written over
+        pulls: list[Any] = [(_with_rows(made, n), pull)]  # without the rows, which are written over
     else:
         made, pulls = _spread(block.open, *args), [None]
     opened, carry, inputs = made
@@ -174,8 +174,8 @@ def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far
     """The transpose of `_forward`, on what it kept: cotangents of rows and whole (all so far), own,
     closed_over."""
     (of_open, *pulls), args = pulls, (block.view(rows), n, own, closed_over[0])
-    made, pull_open = of_open or jax.vjp(partial(_spread, block.open), *args, saveable_args=False)
-    shared, first, inputs = _with_rows(made, args[0])
+    opened: Any = of_open or jax.vjp(partial(_spread, block.open), *args, saveable_args=False)
+    shared, first, inputs = _with_rows(opened[0], args[0])
     d_rows, d_whole = d_so_far
     d_shared, shared = (_fresh(shared, d_rows), d_whole), (shared, whole)
     of_shared = _tangents(shared)
@@ -208,7 +208,7 @@ def _backward(block, closed_over, rows, n, own, whole, kept, at, pulls, d_so_far
         d_shared, d_carry, d_closed[s], at = state
         d_inputs[s] = _restore_float0(d_value, of_input)
     d_opened, d_whole = d_shared
-    pull_open = pull_open.replace(args_res=jax.tree.leaves(args))
+    pull_open = opened[1].replace(args_res=jax.tree.leaves(args))
     d_view, _, d_own, d_start = pull_open((_restore_float0(d_opened, of_shared[0]), d_carry, d_inputs))
     return d_view.reshape(rows.shape), d_whole, d_own, [d_start, d_closed], at
 
