@@ -28,8 +28,8 @@ class Block(NamedTuple):
     hands both on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
     `row` is None or (array, place): where the value of the carry lies too (but for the block's first, which
     `open` makes), so that a kernel need not have it copied out. The last carry is the new row.
-    `view` reshapes rows for `open`, which takes them as they come: its pullback then keeps none. `keeps`:
-    what it makes is kept for the backward pass, which else makes it again.
+    `view` reshapes rows for `open`, which takes them as they come: with kernels its pullback keeps none.
+    `keeps`: what it makes is kept for the backward pass, which else makes it again.
     """
 
     open: Callable[..., tuple[Any, Array, list[list[Any]]]]
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Carries to keep: one before each step, but for the first one, which `open` makes again."""
+        """Carries to keep: one before each step, but for the first one, which `open` makes."""
         return sum(len(steps) * reps for steps, reps in self.segments) - 1
 
 
@@ -56,7 +56,7 @@ def append_scan(blocks, split, rows, n, xs, whole):
     reps = len(jax.tree.leaves(xs)[0])
     count_kept = reps * sum(block.kept for block in blocks)
     # One more, where the last step of a block is one of a scan: it stores its carry too, which is a row.
-    kept = lax.empty((count_kept + (blocks[-1].segments[-1][1] > 1), *rows.shape[1:]), rows.dtype)
+    kept = lax.empty((count_kept + any(b.segments[-1][1] > 1 for b in blocks), *rows.shape[1:]), rows.dtype)
     n, converted, closed_over = jnp.asarray(n, jnp.int32), [], []
     for block, own in zip(blocks, split(jax.tree.map(lambda a: a[0], xs)), strict=True):
         opened, carry, inputs = block.open(block.view(rows), n, own)  # for its types alone

@@ -91,6 +91,8 @@ def through_depth(
     scheme = replace(scheme, implementation=implementation, placement=placement)
     if placement:
         x, layers = placement.leave(x), {k: placed(layer, placement) for k, layer in layers.items()}
+        # And its cotangent: XLA turned those of all rows, as the embedding's gradient wants its own.
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     if record or implementation == "reference":
         return _literal(scheme.literal(), mix, kinds, layers, x, record)
     shares = {k: (layer.params, layer.inputs) for k, layer in layers.items() if k in kinds}
@@ -176,8 +178,6 @@ def _repeat(scheme, steps, blocks, reps, policy, own, history):
         return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in runs(kinds)))
 
     parts, rows = [block(b) for b in blocks], jnp.concatenate([r.array for r in history])
-    # And their cotangents: XLA turned those of all rows, as the embedding's gradient wants the first row's.
-    rows = with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
     room = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
     rows, ys = append_scan(parts, split, room, len(rows), fold((mix, places), reps), shares)
     return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import toys
 
+from attnres_jax.autodiff import Block, append_scan
 from attnres_jax.stack import Layer
 
 # name: (scheme, block size, kinds, network shape)
@@ -283,3 +284,43 @@ def test_memory_that_nothing_wrote_is_not_read(size, kinds, monkeypatch):
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
     got = toys.value_and_gradient(lambda toy: toys.run(scheme, kinds, toy))(toy)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("reps", [1, 2])
+def test_blocks_that_end_in_a_scan_before_one_that_keeps_nothing(reps):
+    """The row that the former leaves beside its carries is none of the latter's."""
+
+    def open_(rows, n, own):
+        seen = jnp.where(jnp.arange(len(rows)) < n, 1.0, 0.0) @ jnp.tanh(rows)
+        return (rows, None), seen, [[w] for w in own]
+
+    def step(shared, carry, w, row):
+        return shared, carry + jnp.sin(carry * w), ()
+
+    def scanned(x, ws):
+        blocks = [Block(open_, (((step,), times),)) for times in (2, 1)]
+        rows = jnp.pad(x[None], ((0, 2 * reps), (0, 0)))
+        rows, _ = append_scan(blocks, lambda own: [[own[:2]], [own[2:]]], rows, 1, ws, {})
+        return jnp.sum(rows[1:] ** 2)
+
+    def plain(x, ws):
+        rows = [x]
+        for own in ws:
+            for some in (own[:2], own[2:]):
+                carry = sum(map(jnp.tanh, rows))
+                for w in some:
+                    carry = carry + jnp.sin(carry * w)
+                rows.append(carry)
+        return jnp.sum(jnp.stack(rows[1:]) ** 2)
+
+    x, ws = jnp.linspace(-1.0, 1.0, 4), jnp.linspace(0.3, 1.5, reps * 3 * 4).reshape(reps, 3, 4)
+    got, want = (jax.grad(f, (0, 1))(x, ws) for f in (scanned, plain))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5), got, want)
+
+
+def test_it_is_exported():
+    """For serving elsewhere: nothing in it but what `jax.export` writes down."""
+    scheme = toys.make("block", 2)
+    toy = toys.cast(toys.toy(scheme, "am" * 4), "float32")
+    run = jax.jit(lambda toy: toys.run(scheme, "am" * 4, toy).h)
+    np.testing.assert_allclose(jax.export.export(run)(toy).call(toy), run(toy), rtol=1e-5, atol=1e-5)
