@@ -51,7 +51,7 @@ def append_scan(blocks, split, rows, n, xs, whole):
     is to `take`: scans inside scans would copy them, and their gradients, at each level. Returns the rows
     and, for each block, segment and step, the stacked y. Kept for the backward pass: the rows, once, for each
     was written once; the carry before each step, in one array that grows as they do; what steps keep of their
-    own.
+    own; what `open` makes, where a block `keeps` it.
     """
     reps = len(jax.tree.leaves(xs)[0])
     count_kept = reps * sum(block.kept for block in blocks)
