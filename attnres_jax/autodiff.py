@@ -23,9 +23,10 @@ class Block(NamedTuple):
     """One iteration of `append_scan`: `open`, then steps in turn, `segments` of them `reps` times over.
 
     `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
-    their carry, and for each segment and step its inputs [reps, ...]. A step is `shared, carry, y =
-    step(shared, carry, inputs, row)`, with `shared` `open`'s and the scan's `whole` as a pair: it
-    hands both on unchanged, so that the cotangent of later steps comes in that way, to be added to in place.
+    their carry (or None, where the first is not in a loop), and for each segment and step its inputs
+    [reps, ...]. A step is `shared, carry, y = step(shared, carry, inputs, row)`, with `shared` `open`'s and
+    the scan's `whole` as a pair: both are handed on unchanged, so that the cotangent of later steps comes in
+    that way, to be added to in place.
     `row` is None or (array, place): where the value of the carry lies too (but for the block's first, which
     `open` makes), so that a kernel need not have it copied out. The last carry is the new row.
     `view` reshapes rows for `open`, which takes them as they come: with kernels its pullback keeps none.
@@ -68,7 +69,7 @@ def append_scan(blocks, split, rows, n, xs, whole):
             found = []
             for step, value in zip(steps, jax.tree.map(lambda a: a[0], values), strict=True):
                 found.append(jax.closure_convert(step, shared, carry, value, row))
-                row = (kept, n)
+                carry, row = rows[0], (kept, n)
             steps, closed = zip(*found, strict=True)
             segments.append((steps, times))
             of_steps.append(list(closed))
@@ -286,7 +287,7 @@ def taking(key: Any, step: Callable[..., Any], policy: Callable[..., Any]) -> Ca
         taken = called is not None and called.jaxpr.debug_info.func_name == take.__name__
         return not taken and policy(primitive, *avals, **params)
 
-    return jax.checkpoint(run, policy=kept, prevent_cse=False)
+    return jax.checkpoint(run, policy=kept)
 
 
 def _tangents(tree):

@@ -71,8 +71,8 @@ def depth_merge(
     implementation: str | None = None,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "*tokens D"], Partial, Float[Array, "*tokens D"]]:
-    """Phase 2: row `j` of Phase 1, merged with the running sum (`first`: it is empty), then normed. Returns
-    it, and `done` and the sum for later reads. `row` (array, place) holds the sum too; `logit` is its own."""
+    """Phase 2: row `j` of Phase 1, and the running sum (`first`: it is empty; or None), merged and normed.
+    Also `done` and the sum, for later reads. `row` (array, place) holds the sum too; `logit` is its own."""
     fits = partial(merge_kernel.refusal, stream.shape[-1], stream.dtype)
     chosen, _ = choose(implementation, placement, stream.dtype, fits, no_kernel(rule, logit))
 
@@ -81,7 +81,8 @@ def depth_merge(
         w, scale, j, first, at, logit = shared
         if chosen == "reference":
             one, done = take(done, j)
-            logit = jnp.where(first, -jnp.inf, 0 if logit is None else logit).astype(w.dtype)
+            logit = jnp.asarray(0 if logit is None else logit, w.dtype)
+            logit = logit if first is None else jnp.where(first, -jnp.inf, logit)
             mixture = depth.merge(one, depth.single(w, stream, rule, logit), rule).mixture
             return mixture if scale is None else RMSNorm(scale, norm_eps)(mixture), done, stream
         args = (w, scale, *done, stream, kept, None, at, j, first, rule.eps, norm_eps, False, chosen)

@@ -32,13 +32,7 @@ class Placement:
         return lax.with_sharding_constraint(x, NamedSharding(_around(self.mesh), PartitionSpec(self.spec[0])))
 
     def local(
-        self,
-        op: Callable[..., Any],
-        shared: Any,
-        args: tuple,
-        specs: tuple,
-        out_specs: Any,
-        typed: bool = True,
+        self, op: Callable, shared: Any, args: tuple, specs: tuple, out_specs: Any, typed: bool = True
     ) -> Any:
         """`op(shared, *args)`, each device on its own tokens; gradients of `shared` are summed outside.
 

@@ -21,9 +21,14 @@ def runs(seq: Any) -> Iterator[tuple[Any, int]]:
         seq = seq[period * repeats(period) :]
 
 
-def spell(kinds, schedule):
-    """The kinds of each block."""
-    return [kinds[o : o + s] for o, s in zip(schedule.openings, schedule.sizes, strict=True)]
+def periods(kinds: str) -> Iterator[tuple[str, int]]:
+    """`runs` of a block, but no loop of two turns: what is at its ends would cost more than it saves."""
+    return ((period * reps, 1) if reps == 2 else (period, reps) for period, reps in runs(kinds))
+
+
+def starts(kinds: str, begins: Any = True) -> Any:
+    """`begins` as `Scheme.open` takes it: True only where the first sublayer is not one of a loop."""
+    return begins if next(periods(kinds))[1] == 1 else jnp.asarray(begins)
 
 
 def belonging(kinds, at, span, whole):
@@ -37,7 +42,7 @@ def belonging(kinds, at, span, whole):
 def segments(kinds, own):
     """For each run of `kinds` and each sublayer of its period, the slot and share, [reps, ...]."""
     found, at = [], 0
-    for period, reps in runs(kinds):
+    for period, reps in periods(kinds):
         slots, shares = fold(belonging(kinds, at, period * reps, own), reps)
         places = [(j, k, period[:j].count(k)) for j, k in enumerate(period)]
         found.append([(_at(slots, j), _at(shares[k], i)) for j, k, i in places])
@@ -76,7 +81,7 @@ def by_kind(kinds, ys, lead=0):
         return jnp.stack(a, lead + 1).reshape(*a[0].shape[:lead], -1, *a[0].shape[lead + 1 :])
 
     parts = []
-    for (period, _), y in zip(runs(kinds), ys, strict=True):
+    for (period, _), y in zip(periods(kinds), ys, strict=True):
         of = {k: [a for a, kind in zip(y, period, strict=True) if kind == k] for k in period}
         parts.append({k: jax.tree.map(merge, *v) for k, v in of.items()})
     return join(parts, lead)

@@ -17,23 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from attnres_jax import spelling
 from attnres_jax.autodiff import Block, append_scan, reverse_only, taking
 from attnres_jax.choice import refuse
 from attnres_jax.depth import Rows
 from attnres_jax.placement import Placement
 from attnres_jax.residuals.base import Mix, Norm, PyTree, Scheme
-from attnres_jax.spelling import (
-    belonging,
-    by_kind,
-    check_layers,
-    fold,
-    join,
-    runs,
-    segments,
-    spell,
-    stack,
-    unfold,
-)
 from attnres_jax.walk import Record, check_mix, start
 
 policies = jax.checkpoint_policies
@@ -85,7 +74,7 @@ def through_depth(
     Raises:
       ValueError: where kinds, layers, mix and x do not fit together.
     """
-    check_layers(kinds, layers)
+    spelling.check_layers(kinds, layers)
     check_mix(scheme, mix, len(kinds), x)
     refuse(implementation, scheme.no_kernel if mix.sublayers else None)
     scheme = replace(scheme, implementation=implementation, placement=placement)
@@ -123,7 +112,7 @@ def _literal(scheme, mix, kinds, layers, x, record):
         outputs.append(y)
         aux[kind].append(extra)
     reads.append(depth.finish())
-    mixtures, aux = [read.mixture for read in reads], {k: stack(extras) for k, extras in aux.items()}
+    mixtures, aux = [read.mixture for read in reads], {k: spelling.stack(extras) for k, extras in aux.items()}
     weights = tuple(read.weights for read in reads)
     recorded = Record(jnp.stack(outputs), jnp.stack(mixtures), weights, tuple(steps)) if record else None
     return DepthOutput(mixtures[-1], aux, recorded)
@@ -133,10 +122,12 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
     """Equal consecutive blocks in one scan, the others one by one."""
     steps = {k: sublayer(scheme, layer) for k, layer in layers.items()}
     history, at, parts, whole = scheme.start(x), 0, [], (mix.sublayers, shares)
-    for blocks, reps in runs(spell(kinds, scheme.schedule(len(kinds)))):
+    schedule = scheme.schedule(len(kinds))
+    spelled = [kinds[o : o + s] for o, s in zip(schedule.openings, schedule.sizes, strict=True)]
+    for blocks, reps in spelling.runs(spelled):
         scan = reps > 1 and scheme.append_only
         for some, times in [(blocks, reps)] if scan else [([b], 1) for b in blocks * reps]:
-            own = partial(belonging, kinds, at, "".join(some) * times)
+            own = partial(spelling.belonging, kinds, at, "".join(some) * times)
             if scan:
                 history, aux = _repeat(scheme, steps, some, times, policy, own(whole), history)
             else:
@@ -145,7 +136,7 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
             at += len("".join(some)) * times
     kept = policies.save_only_these_names("statistics")
     h = jax.checkpoint(lambda *args: scheme.finish(*args).mixture, policy=kept)(mix.output, history)
-    return DepthOutput(h, join(parts), None)
+    return DepthOutput(h, spelling.join(parts), None)
 
 
 def sublayer(scheme, layer):
@@ -167,20 +158,22 @@ def _repeat(scheme, steps, blocks, reps, policy, own, history):
     places = {k: jnp.arange("".join(blocks).count(k) * reps) for k in shares}
 
     def split(own):
-        starts = accumulate(map(len, blocks), initial=0)
-        return [belonging("".join(blocks), at, b, own) for at, b in zip(starts, blocks, strict=False)]
+        each = zip(accumulate(map(len, blocks), initial=0), blocks, strict=False)
+        return [spelling.belonging("".join(blocks), at, b, own) for at, b in each]
 
     def block(kinds):
         def start(rows, n, own):
-            slots, history = scheme.open(own[0], (Rows(rows, n),))
-            return history, scheme.begin(history), segments(kinds, (slots, own[1]))
+            slots, history = scheme.open(own[0], (Rows(rows, n),), begins)
+            return history, scheme.begin(history, begins), spelling.segments(kinds, (slots, own[1]))
 
-        return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in runs(kinds)))
+        begins, periods = spelling.starts(kinds), spelling.periods(kinds)
+        return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in periods))
 
     parts, rows = [block(b) for b in blocks], jnp.concatenate([r.array for r in history])
     room = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
-    rows, ys = append_scan(parts, split, room, len(rows), fold((mix, places), reps), shares)
-    return (Rows(rows),), unfold(join([by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)], 1))
+    rows, ys = append_scan(parts, split, room, len(rows), spelling.fold((mix, places), reps), shares)
+    aux = [spelling.by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)]
+    return (Rows(rows),), spelling.unfold(spelling.join(aux, 1))
 
 
 def _once(scheme, steps, kinds, policy, own, whole, history):
@@ -190,11 +183,12 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     steps = {k: jax.checkpoint(step, policy=policy, prevent_cse=False) for k, step in steps.items()}
 
     def block(history, whole):
-        mix, shares = own(whole)
-        slots, history = scheme.open(mix, history)
-        history, stream, ys = sublayers(steps, kinds, history, scheme.begin(history), (slots, shares))
+        (mix, shares), begins = own(whole), spelling.starts(kinds)
+        slots, history = scheme.open(mix, history, begins)
+        stream = scheme.begin(history, begins)
+        history, stream, ys = sublayers(steps, kinds, history, stream, (slots, shares))
         after = scheme.close(history, stream)
-        return after[held:] if held else after, by_kind(kinds, ys)
+        return after[held:] if held else after, spelling.by_kind(kinds, ys)
 
     policy = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
     after, aux = jax.checkpoint(block, policy=policy)(history, whole)
@@ -214,7 +208,7 @@ def sublayers(steps, kinds, history, stream, own):
         return stream, ys, history
 
     ys = []
-    for (period, reps), values in zip(runs(kinds), segments(kinds, own), strict=True):
+    for (period, reps), values in zip(spelling.periods(kinds), spelling.segments(kinds, own), strict=True):
         if reps > 1:
             stream, y = lax.scan(lambda s, v, p=period, h=history: body(s, v, p, h)[:2], stream, values)
         else:

@@ -192,10 +192,16 @@ def test_a_process_for_each_chip(monkeypatch):
     assert len({flags for _, flags in seen}) == 4
 
 
-@pytest.mark.parametrize("N", [4, 9])  # groups of 16 and of 8 tokens
-@pytest.mark.parametrize("kernel", roofline.KERNELS)
-def test_what_a_program_is_charged_is_what_the_grids_move(kernel, N, monkeypatch):
-    """A step's mean over n = 1 .. N, or over the S reads of a block, of which the first has no sum."""
+@pytest.mark.parametrize(
+    ("kernel", "N", "told"),
+    [
+        *((kernel, N, True) for kernel in roofline.KERNELS for N in (4, 9)),  # groups of 16 and of 8 tokens
+        *((kernel, 4, False) for kernel in roofline.KERNELS if "merge" in kernel),
+    ],
+)
+def test_what_a_program_is_charged_is_what_the_grids_move(kernel, N, told, monkeypatch):
+    """A step's mean over n = 1 .. N, or over the S reads of a block, of which the first has no sum; where a
+    kernel is not told which is the first, all it reads have one."""
     monkeypatch.setattr(roofline, "TOKENS", 4096)
     S = 3
     case = roofline.Case(kernel, 256, N + 1, S)
@@ -208,7 +214,8 @@ def test_what_a_program_is_charged_is_what_the_grids_move(kernel, N, monkeypatch
         arguments = (*arguments, counted)
         scalars, shares = [[n] for n in range(1, N + 1)], [n / (N + 1) for n in range(1, N + 1)]
     else:
-        scalars, shares = [[j, j == 0, 0] for j in range(S)], [0.0] * S
+        scalars, shares = [[j, 0, j == 0] if told else [j, 0] for j in range(S)], [0.0] * S
+        arguments = arguments if told else (*arguments[:7], None, *arguments[8:])
     (found,) = grids.calls(jax.make_jaxpr(function)(*arguments).jaxpr)
     moved = [grids.moved(found, [s], lambda _, p=p: p) for s, p in zip(scalars, shares, strict=True)]
     shapes = [hlo.Shape(HLO[a.aval.dtype.name], a.aval.shape, 0) for a in found.invars]

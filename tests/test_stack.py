@@ -19,6 +19,7 @@ CELLS = {
     "blocks_of_three_short_last": ("block", 3, "am" * 4, {}),
     "blocks_of_two_cut_one_token": ("block", 2, "kmkmkmamk", {"B": 8, "T": 1}),
     "one_block": ("block", 6, "kmkmkm", {"B": 1}),
+    "blocks_of_what_comes_twice": ("block", 4, "am" * 6, {}),
     "deep_blocks_of_six": ("block", 6, "am" * 27, {}),
 }
 GRID = [
@@ -324,3 +325,13 @@ def test_it_is_exported():
     toy = toys.cast(toys.toy(scheme, "am" * 4), "float32")
     run = jax.jit(lambda toy: toys.run(scheme, "am" * 4, toy).h)
     np.testing.assert_allclose(jax.export.export(run)(toy).call(toy), run(toy), rtol=1e-5, atol=1e-5)
+
+
+# A block without a loop has four steps, one with it two; the output read; with it, the first row of what is kept.
+@pytest.mark.parametrize(("size", "barriers"), [(4, 5), (6, 4)])
+def test_what_is_made_again_waits_for_what_needs_it(size, barriers):
+    """Behind a barrier in each step's backward pass: else XLA makes it early, and keeps it."""
+    scheme, kinds = toys.make("block", size), "am" * size
+    toy = toys.toy(scheme, kinds)
+    text = jax.jit(jax.grad(lambda toy: jnp.sum(toys.run(scheme, kinds, toy).h))).lower(toy).as_text()
+    assert text.count("optimization_barrier") == barriers

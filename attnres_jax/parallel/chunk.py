@@ -19,7 +19,7 @@ from attnres_jax.autodiff import Block, append_scan, taking, window
 from attnres_jax.depth import Rows
 from attnres_jax.parallel.timetable import Cache, Chunks
 from attnres_jax.residuals.base import PyTree, Scheme
-from attnres_jax.spelling import belonging, by_kind, fold, runs, segments
+from attnres_jax.spelling import belonging, by_kind, fold, periods, segments, starts
 
 Layers = Mapping[str, stack.Layer]
 
@@ -87,7 +87,7 @@ class Chunked:
         if self.scheme.append_only or not self.apart:
             return history[0].array[0] if self.apart else history
         mix = self.scheme.init(1, x.shape[-1]).sublayers
-        return Kept(x, self.scheme.begin(self.scheme.open(mix, history)[1]))
+        return Kept(x, self.scheme.begin(self.scheme.open(mix, history)[1], jnp.bool(True)))
 
     @property
     def in_place(self) -> bool:
@@ -149,6 +149,7 @@ class Chunked:
         block, running = at(segment.block, c) + (0 if base is None else base), at(segment.runs, c)
         # Where it does not run, nothing stays of it: as if a block began, so that S = 1 goes on with none.
         begins = at(tuple(not r or b for r, b in zip(segment.runs, segment.begins, strict=True)), c)
+        known, begins = begins is True, starts(kinds, begins)
         mix, shares = belonging(self.longest, segment.first, kinds, own)
         places = {k: jnp.arange(kinds.count(k)) for k in shares}
         (found,), rows = window(rows, block, 1)
@@ -156,19 +157,19 @@ class Chunked:
         def start(rows, n, own) -> Any:
             seen = Rows(rows, n) if base is None else Rows(rows, n - base, base // self.cache.rows)
             slots, history = scheme.open(own[0], (seen,), begins)
-            stream = scheme.begin(history)
-            if begins is not True and stream is not None:
+            stream = scheme.begin(history, begins)
+            if not known:
                 stream = select(begins, stream, found)
             return history, stream, segments(kinds, (slots, own[1]))
 
         def step(kind):
             one = stack.sublayer(scheme, layers[kind])
             # The first running sum of a block begun elsewhere is from `start`, not from where sums are kept.
-            alone = one if begins is True else lambda history, stream, own, row: one(history, stream, own)
+            alone = one if known else lambda history, stream, own, row: one(history, stream, own)
             return taking(kind, alone, self.policy)
 
         steps = {k: step(k) for k in set(kinds)}
-        parts = tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds))
+        parts = tuple((tuple(steps[k] for k in some), n) for some, n in periods(kinds))
         xs = fold((mix, places), 1)
         # `append_scan` leaves a used cotangent where it writes: cleared here, no part of what was found.
         rows = put(rows, lax.stop_gradient(found), block)
@@ -222,8 +223,10 @@ class Chunked:
             k: jax.checkpoint(stack.sublayer(scheme, layers[k]), policy=self.policy, prevent_cse=False)
             for k in set(kinds)
         }
+        begins = starts(kinds, begins)
         slots, history = scheme.open(mix, history, begins)
-        return stack.sublayers(steps, kinds, history, begun(scheme.begin(history)), (slots, shares))
+        stream = begun(scheme.begin(history, begins))
+        return stack.sublayers(steps, kinds, history, stream, (slots, shares))
 
     @property
     def _kept(self):

@@ -76,8 +76,8 @@ class Additive(AttnRes):
         slots, inner = super().open(mix, history, begins)
         return slots, Summed(inner, total(history))
 
-    def begin(self, history):
-        return super().begin(history.inner)
+    def begin(self, history, begins=True) -> Any:
+        return super().begin(history.inner, begins)
 
     def read(self, slot, history, stream, norm, row=None):
         read = super().read(slot, history.inner, stream, lambda h: h, row)

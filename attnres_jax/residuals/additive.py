@@ -27,7 +27,7 @@ class Plain(Scheme):
     def start(self, x):
         return x
 
-    def begin(self, history):
+    def begin(self, history, begins=True):
         return history
 
     def read(self, slot, history, stream, norm, row=None):

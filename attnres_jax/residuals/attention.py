@@ -20,11 +20,11 @@ from attnres_jax.rules import Rule, no_kernel
 
 class Slot(NamedTuple):
     """A sublayer's share: query, row of Phase 1, whether the running sum is empty, logits. `open` returns the
-    S of a block, stacked."""
+    S of a block, stacked. Where the first is run by itself, its stream is None, and `first` for all."""
 
     w: Float[Array, "... K"]
     j: Int[Array, "..."]
-    first: Bool[Array, "..."]
+    first: Bool[Array, "..."] | None
     logits: Float[Array, "... R"] | None
 
 
@@ -71,21 +71,21 @@ class AttnRes(Appending):
     def open(self, mix, history, begins=True) -> tuple[Any, Any]:
         w = self._weight(mix, history)
         j = jnp.arange(len(w))
-        slot = Slot(w, j, (j == 0) & begins, mix.get("logits"))
+        slot = Slot(w, j, None if begins is True else (j == 0) & begins, mix.get("logits"))
         if not self.two_phase:
             return slot, Opened(history, None)
         done, rows = ops.depth_mix(w, history, logits=_of_rows(slot.logits, history), **self._how)
         return slot, Opened(rows, Once(done))
 
-    def begin(self, history) -> Any:
-        return jnp.zeros_like(history.done.rows.mixture[0]) if self.two_phase else None
+    def begin(self, history, begins=True) -> Any:
+        return None if begins is True else jnp.zeros_like(history.done.rows.mixture[0])
 
     def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:
             mixture, weights = _at_once(self.rule, slot.w, history.rows, stream, slot.logits)
             return Read(norm(mixture), mixture, weights, history, stream)
-        if self.block_size == 1:
-            (mixture, _), done = take(history.done.rows, 0)
+        if stream is None or self.block_size == 1:
+            (mixture, _), done = take(history.done.rows, slot.j)
             return Read(norm(mixture), mixture, None, history._replace(done=Once(done)), stream)
         fused = norm if isinstance(norm, RMSNorm) else None
         logit = None if slot.logits is None else slot.logits[-1]

@@ -99,12 +99,14 @@ class Scheme(ABC):
     def open(self, mix: dict[str, Array], history: PyTree, begins: Any = True) -> tuple[PyTree, PyTree]:
         """Slots of the block's S sublayers, stacked, and the history; `mix` are their parameters.
 
-        A pipeline may part a block: then of some of them, `begins` (it may be traced) where its first is."""
+        A pipeline may part a block: then of some of them, `begins` where its first is. `begins` is True only
+        where that one is run by itself; in a loop it is an array, and traced where it is not known."""
         return mix, history
 
     @abstractmethod
-    def begin(self, history: PyTree) -> PyTree:
-        """The stream at the start of a block: its carry, and what the backward pass keeps."""
+    def begin(self, history: PyTree, begins: Any = True) -> PyTree:
+        """The stream at the start of a block: its carry, and what the backward pass keeps. `begins` as `open`
+        had it; None, if it is True, is a sum of nothing."""
 
     @abstractmethod
     def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm, row: Any = None) -> Read:

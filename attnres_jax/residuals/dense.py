@@ -43,7 +43,7 @@ class Dense(Appending):
     def open(self, mix, history, begins=True):
         return mix, Opened(history, self._mixture(jax.tree.map(lambda a: a[0], mix), history)[0])
 
-    def begin(self, history):
+    def begin(self, history, begins=True):
         return history.h
 
     def read(self, slot, history, stream, norm, row=None):

@@ -33,8 +33,8 @@ class RMSBlock(AttnRes):
 
     append_only: ClassVar = False
 
-    def begin(self, history):
-        return Sums(super().begin(history), super().begin(history))
+    def begin(self, history, begins=True):
+        return Sums(super().begin(history, begins), super().begin(history, begins))
 
     def read(self, slot, history, stream, norm, row=None):
         read = super().read(slot, history, stream.raw, norm)

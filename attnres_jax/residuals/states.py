@@ -59,7 +59,7 @@ class States(Scheme):
     def start(self, x):
         return jnp.broadcast_to(x, (self.streams, *x.shape))
 
-    def begin(self, history):
+    def begin(self, history, begins=True):
         return history
 
     def read(self, slot, history, stream, norm, row=None):

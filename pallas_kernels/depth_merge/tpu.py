@@ -63,7 +63,7 @@ def forward(
         input_output_aliases={2: list(outs).index("p_new")} if y is not None else {},
         compiler_params=params(vmem),
         name="depth_merge_forward",
-    )(_scalars(j, first, at), *[a for a, _ in args.values()])
+    )(_scalars(j, at, first), *[a for a, _ in args.values()])
     out = {k: v if k == "stats" else v[:tokens] for k, v in zip(outs, out, strict=True)}
     return Forward(out["x"], out.get("mixture"), out.get("p_new"), out["stats"])
 
@@ -93,7 +93,7 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
         input_output_aliases={1: 0, 2: 1, 3: 2},
         compiler_params=params(vmem),
         name="depth_merge_backward",
-    )(_scalars(j, first, at), *[a for a, _ in args.values()])
+    )(_scalars(j, at, first), *[a for a, _ in args.values()])
     out = dict(zip(outs, out, strict=True))
     d_w, d_scale = (None if k not in out else jnp.sum(out[k], (0, 1)) for k in ("d_w", "d_scale"))
     return d_w, d_scale, out["d_p"][:tokens], out["d_o"][:, :tokens], out["d_lse"][:, :tokens]
@@ -119,7 +119,7 @@ def _forward_kernel(size, names_in, names_out, scalars, *refs):
         rstd = lax.rsqrt(square / size.D + size.eps)
         score = raw * rstd
         share = jax.nn.sigmoid(score - lse[:, rows.start : rows.start + LANES])
-        share = jnp.where(scalars[1] == 1, 0.0, share)
+        share = share if _first(scalars) is None else jnp.where(_first(scalars), 0.0, share)
         other, norm, skew = 1.0 - share, jnp.ones_like(share), jnp.zeros_like(share)
         if normed:
             of_h = other * other * own + 2.0 * share * other * across + share * share * square
@@ -342,8 +342,13 @@ def _padded(*arrays):
     return [None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, short), (0, 0)]) for a in arrays]
 
 
-def _scalars(*numbers):
-    return jnp.stack([jnp.asarray(n, jnp.int32) for n in numbers])
+def _scalars(j, at, first):
+    """What kernels are told: `first` only where it may be."""
+    return jnp.stack([jnp.asarray(n, jnp.int32) for n in (j, at, first) if n is not None])
+
+
+def _first(scalars):
+    return scalars[2] == 1 if scalars.shape[0] == 3 else None
 
 
 def _scratch(size):
@@ -366,7 +371,8 @@ def _row(size, hide=False):
 
     def index(c, i, scalars):
         at = c * size.steps + i
-        return (jnp.where(scalars[1] == 1, c * size.steps, at) if hide else at, 0)
+        hidden = hide and _first(scalars) is not None
+        return (jnp.where(_first(scalars), c * size.steps, at) if hidden else at, 0)
 
     return pl.BlockSpec((size.tile, size.D), index)
 
@@ -374,7 +380,7 @@ def _row(size, hide=False):
 def _stream(size, hide):
     """Row `at` of the running sums, by tiles as `_row`."""
     row = _row(size, hide).index_map
-    return pl.BlockSpec((None, size.tile, size.D), lambda c, i, scalars: (scalars[2], *row(c, i, scalars)))
+    return pl.BlockSpec((None, size.tile, size.D), lambda c, i, scalars: (scalars[1], *row(c, i, scalars)))
 
 
 def _row_of_j(size):

@@ -41,7 +41,7 @@ def depth_merge(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, nor
       kept: None, or an array [..., *tokens, D] whose row `at` is the sum too. It is read there, and `stream`
         takes the cotangent only: a sum that a loop over depth has kept need not be copied out.
       y: [*tokens, D] or None: an output to add to the sum before it is read; then `kept` must be None.
-      first: bool, may be traced: the block has no sum yet, and none is read. Then y must be None.
+      first: bool, may be traced: the block has no sum yet, and none is read; y must be None. None: it has.
       eps, norm_eps: of the key norm and of the sublayer's norm.
       keep_mixture: also return the mixture, before the norm.
       backend: one of `BACKENDS`: Mosaic on TPU, Mosaic on GPU, jax-triton.
@@ -55,6 +55,7 @@ def depth_merge(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, nor
 
 def _forward(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, norm_eps, keep_mixture, backend):
     _check(w, scale, mixtures, lse, stream, kept, y)
+    first = False if first is None and backend != "tpu" else first  # which alone is not told
     options = {"eps": eps, "norm_eps": norm_eps, "keep_mixture": keep_mixture}
     run = sequential_vmap(functools.partial(_module(backend).forward, **options))
     place = _place(backend, stream, kept, at)
