@@ -327,7 +327,7 @@ def test_it_is_exported():
     np.testing.assert_allclose(jax.export.export(run)(toy).call(toy), run(toy), rtol=1e-5, atol=1e-5)
 
 
-# A block without a loop has four steps, one with it two; the output read; with it, the first row of what is kept.
+# Without a loop four steps, with it two; the output read; with it, the first row of what is kept.
 @pytest.mark.parametrize(("size", "barriers"), [(4, 5), (6, 4)])
 def test_what_is_made_again_waits_for_what_needs_it(size, barriers):
     """Behind a barrier in each step's backward pass: else XLA makes it early, and keeps it."""
