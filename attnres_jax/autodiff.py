@@ -287,7 +287,9 @@ def taking(key: Any, step: Callable[..., Any], policy: Callable[..., Any]) -> Ca
         taken = called is not None and called.jaxpr.debug_info.func_name == take.__name__
         return not taken and policy(primitive, *avals, **params)
 
-    return jax.checkpoint(run, policy=kept)
+    # A barrier before what is made again, or XLA begins it early; before what is kept it would copy that.
+    again = policy is not jax.checkpoint_policies.everything_saveable
+    return jax.checkpoint(run, policy=kept, prevent_cse=again)
 
 
 def _tangents(tree):
