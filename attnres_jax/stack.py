@@ -1,6 +1,6 @@
 """The loop over depth: `through_depth`, for stacked layers.
 
-Blocks that repeat are compiled once (`append_scan`), and inside a block what repeats is scanned too. Kept for
+Blocks that repeat are compiled once (`append_scan`), and inside a block what comes more than twice. Kept for
 the backward pass are the stream before each sublayer and the summaries; the caller's policy rules the rest.
 """
 
@@ -196,7 +196,7 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
 
 
 def sublayers(steps, kinds, history, stream, own):
-    """The sublayers of one block: what repeats is scanned. The stream before each is what is kept."""
+    """The sublayers of one block, `periods` of them in scans. The stream before each is what is kept."""
 
     def body(stream, values, period, history, begins=False):
         ys = []
