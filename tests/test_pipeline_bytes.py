@@ -114,11 +114,11 @@ def test_a_history_that_is_one_unit_is_sent_whole(residual, streams):
 @pytest.mark.parametrize("residual", ["plain", "block"])
 @pytest.mark.parametrize("block_size", [2, 4], ids=["aligned", "parted"])
 def test_memory_is_flat_in_the_microbatches(residual, block_size):
-    """Temporaries for M = 2 P and 8 P: the same, but for the tokens, cut into microbatches. Those of one are
-    whole units of 64 bytes, which is how buffers are aligned."""
+    """Temporaries for M = 2 P and 8 P: no more but for tokens, cut into microbatches. Those of one are whole
+    units of 64 bytes, which is how buffers are aligned; less is a hole that XLA filled, not an activation."""
     few, many = (compiled((2, 2, M, 4), residual, block_size, length=31).temporary for M in (4, 16))
     tokens = 4 * ROWS * (31 + 1) * (16 - 4)
-    assert 0 <= many - few - tokens < 128  # of alignment
+    assert -4 * ROWS * 31 * WIDTH < many - few - tokens < 128  # of alignment
 
 
 @pytest.mark.slow
