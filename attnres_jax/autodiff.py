@@ -25,15 +25,14 @@ class Block(NamedTuple):
     `open(rows, n, own)` sees n rows and returns what all steps share (first the rows; some may be `Once`),
     their carry (or None, where the first is not in a loop), and for each segment and step its inputs
     [reps, ...]. A step is `shared, carry, y = step(shared, carry, inputs, row)`, with `shared` `open`'s and
-    the scan's `whole` as a pair: both are handed on unchanged, so that the cotangent of later steps comes in
-    that way, to be added to in place.
+    the scan's `whole`, a pair: handed on as they are, so that later steps' cotangents come in to be added to.
     `row` is None or (array, place): where the value of the carry lies too (but for the block's first, which
     `open` makes), so that a kernel need not have it copied out. The last carry is the new row.
     `view` reshapes rows for `open`, which takes them as they come: with kernels its pullback keeps none.
     `keeps`: what it makes is kept for the backward pass, which else makes it again.
     """
 
-    open: Callable[..., tuple[Any, Array, list[list[Any]]]]
+    open: Callable[..., tuple[Any, Array | None, list[list[Any]]]]
     segments: tuple[tuple[tuple[Callable[..., Any], ...], int], ...]
     view: Callable[[Array], Array] = lambda rows: rows
     keeps: bool = False

@@ -22,8 +22,8 @@ def runs(seq: Any) -> Iterator[tuple[Any, int]]:
 
 
 def periods(kinds: str) -> Iterator[tuple[str, int]]:
-    """`runs` of a block, but no loop of two turns: what is at its ends would cost more than it saves."""
-    return ((period * reps, 1) if reps == 2 else (period, reps) for period, reps in runs(kinds))
+    """`runs` of a block, but two turns of a pair are no loop: its ends would cost more than it saves."""
+    return ((p * 2, 1) if reps == 2 and len(p) <= 2 else (p, reps) for p, reps in runs(kinds))
 
 
 def starts(kinds: str, begins: Any = True) -> Any:
@@ -40,7 +40,7 @@ def belonging(kinds, at, span, whole):
 
 
 def segments(kinds, own):
-    """For each run of `kinds` and each sublayer of its period, the slot and share, [reps, ...]."""
+    """For each of `periods` and each sublayer of it, the slot and share, [reps, ...]."""
     found, at = [], 0
     for period, reps in periods(kinds):
         slots, shares = fold(belonging(kinds, at, period * reps, own), reps)
@@ -75,7 +75,7 @@ def stack(trees):
 
 
 def by_kind(kinds, ys, lead=0):
-    """Aux of each run and sublayer of its period, [*lead, reps, ...], as kind -> [*lead, n, ...]."""
+    """Aux of each of `periods` and sublayer of it, [*lead, reps, ...], as kind -> [*lead, n, ...]."""
 
     def merge(*a):
         return jnp.stack(a, lead + 1).reshape(*a[0].shape[:lead], -1, *a[0].shape[lead + 1 :])

@@ -146,6 +146,7 @@ def sublayer(scheme, layer):
         slot, (params, inputs) = own
         read = scheme.read(slot, history, stream, layer.norm(params), row)
         y, aux = layer.apply(params, read.x, inputs)
+        y = y.astype(jnp.promote_types(y.dtype, jax.tree.leaves(history)[0].dtype))  # it may begin the sum
         return read.history, scheme.write(slot, read.stream, y), aux
 
     return step

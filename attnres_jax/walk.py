@@ -37,6 +37,7 @@ class Depth:
     def write(self, y: Float[Array, "B T D"]) -> "Depth":
         """After the sublayer's output `y`; closes its block when it was the last of it."""
         self._check(self.slots, "one more wrote")
+        y = y.astype(jnp.promote_types(y.dtype, jax.tree.leaves(self.history)[0].dtype))  # may begin the sum
         stream = self.scheme.write(self.slots[0], self.stream, y)
         after = replace(self, at=self.at + 1, slots=self.slots[1:], stream=stream)
         return (

@@ -10,7 +10,8 @@ import pytest
 import toys
 
 from attnres_jax.autodiff import Block, append_scan
-from attnres_jax.stack import Layer
+from attnres_jax.stack import Layer, through_depth
+from attnres_jax.walk import start
 
 # name: (scheme, block size, kinds, network shape)
 CELLS = {
@@ -339,3 +340,28 @@ def test_what_is_made_again_waits_for_what_needs_it(policy, size, steps):
     others = 1 if size == 4 else 2  # the output read; beside a loop, the first row of what is kept
     made_again = policy is jax.checkpoint_policies.nothing_saveable
     assert jax.jit(loss).lower(toy).as_text().count("optimization_barrier") == others + steps * made_again
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("block", 2), ("block", 4), ("block", 6), ("full", 1), ("rms_block", 2), ("delta_block", 2)],
+)
+def test_sublayers_in_bf16_do_not_narrow_a_stream_in_fp32(name, size):
+    """The usual mixed precision of Flax: a block's sum begins with an output, and has the rows' dtype."""
+    scheme, kinds = toys.make(name, size), "am" * 6
+    toy = toys.cast(toys.toy(scheme, kinds), "float32")
+    mix = scheme.init(len(kinds), toy.x.shape[-1])._replace(**toy.mix)
+    norm = lambda h: h / jnp.sqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)  # noqa: E731
+
+    def apply(scale, x, _):
+        return jnp.tanh(scale * x).astype("bfloat16"), None
+
+    scales = jnp.linspace(1, 2, len(kinds))
+    layers = {k: Layer(lambda _: norm, apply, scales[at::2]) for at, k in enumerate("am")}
+    scanned = through_depth(scheme, mix, kinds, layers, toy.x).h
+    depth = start(scheme, mix, len(kinds), toy.x)
+    for scale in scales:
+        depth = depth.write(apply(scale, depth.read(norm).x, None)[0])
+    for summary in jax.tree.leaves(depth.history):
+        assert summary.dtype == jnp.float32
+    np.testing.assert_allclose(depth.finish().mixture, scanned, rtol=0, atol=2e-5)

@@ -2,8 +2,8 @@
 
 Which rows are visible (n) and which is read (j) are values, not shapes; a step's mean is counted: in a loop
 over N blocks n takes each of 1 .. N, in a buffer of N + 1 rows; outside of loops all rows are visible. Of S
-reads of a block the first has no running sum, where they are one loop's; kernels elsewhere have one, and are
-not told whether. The kernels' own grids say the same, as a test holds.
+reads of a block the first has no running sum, where they are one loop's or a pipeline may part them; kernels
+elsewhere have one, and are not told whether. The kernels' own grids say the same, as a test holds.
 """
 
 from collections.abc import Sequence

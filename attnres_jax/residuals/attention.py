@@ -78,7 +78,7 @@ class AttnRes(Appending):
         return slot, Opened(rows, Once(done))
 
     def begin(self, history, begins=True) -> Any:
-        return None if begins is True else jnp.zeros_like(history.done.rows.mixture[0])
+        return None if begins is True or not self.two_phase else jnp.zeros_like(history.done.rows.mixture[0])
 
     def read(self, slot, history, stream, norm, row=None):
         if not self.two_phase:

@@ -110,12 +110,12 @@ class Scheme(ABC):
 
     @abstractmethod
     def read(self, slot: PyTree, history: PyTree, stream: PyTree, norm: Norm, row: Any = None) -> Read:
-        """What the sublayer sees. `row` (array, place): where the loop has the stream too, but for a block's
-        first, for kernels."""
+        """What the sublayer sees; `stream`, as of `begin`, may be None. `row` (array, place): where the loop
+        has it too, but for a block's first, for kernels."""
 
     @abstractmethod
     def write(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
-        """The stream after the sublayer's output `y`."""
+        """The stream after the sublayer's output `y`, no narrower than the history; `stream` as in `read`."""
 
     @abstractmethod
     def close(self, history: PyTree, stream: PyTree) -> PyTree:
