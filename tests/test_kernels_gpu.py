@@ -22,6 +22,7 @@ import pallas_kernels.triton
 from attnres_jax import __main__
 from attnres_jax.bench import h200
 from pallas_kernels.depth_merge import gpu as merge_gpu
+from pallas_kernels.depth_merge import vjp as merge_op
 from pallas_kernels.depth_mix import gpu as mix_gpu
 from pallas_kernels.depth_mix import gpu_backward, gpu_single, gpu_token
 from pallas_kernels.depth_mix.gpu_tiles import Shape
@@ -143,14 +144,14 @@ MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
 
 
 @pytest.mark.parametrize(("tokens", "D", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
-def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
+def test_merge_gpu(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
     monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)  # so that a program walks over several rows
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(merge_gpu, a, j, first, keep, interpret=RACES)
 
 
-def test_mosaic_merge_of_several_rows_at_once(monkeypatch):
+def test_merge_gpu_of_several_rows_at_once(monkeypatch):
     """Lanes of two warpgroups, of which some have no row left."""
     monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)
@@ -165,7 +166,7 @@ def nearly_all(inputs):
     return inputs
 
 
-def test_mosaic_merge_where_the_sum_has_nearly_all(monkeypatch):
+def test_merge_gpu_where_the_sum_has_nearly_all(monkeypatch):
     monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)
     check_merge(merge_gpu, nearly_all(merge_inputs(3, 256, 2, BF16)), 1, False, False, interpret=RACES)
 
@@ -175,7 +176,7 @@ def test_triton_merge_where_the_sum_has_nearly_all(triton):
     check_merge(triton("depth_merge"), a, 1, False, False, jit=lambda f: f)
 
 
-def test_mosaic_merge_takes_rows_enough_at_once():
+def test_merge_gpu_takes_rows_enough_at_once():
     """Four of a processor where shared memory has room: the parameters are 8 bytes a column, a row 10."""
     for D, rows in ((2048, 4), (2304, 4), (4096, 4), (7168, 2)):
         tile = merge_gpu.tile_of(bf16((1, 8192, D)), inputs=2, outputs=1, resident=8, lanes=8)
@@ -189,7 +190,7 @@ def fits_a_processor(programs, *buffers):
     return whole <= 227 * 1024 and programs * (whole + 1024 + 128) <= 228 * 1024
 
 
-def test_mosaic_merge_claims_no_more_programs_than_fit():
+def test_merge_gpu_claims_no_more_programs_than_fit():
     for D, (inputs, outputs, resident, lanes) in product(
         range(256, 8193, 256), ((2, 1, 8, 8), (3, 2, 8, 8), (3, 3, 8, 8), (4, 2, 2, 1), (5, 2, 2, 1))
     ):
@@ -364,7 +365,7 @@ BAD_MERGE = [  # a change of the operands, what the error says
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_MERGE)
-def test_mosaic_merge_refuses(change, message):
+def test_merge_gpu_refuses(change, message):
     a = merge_inputs(**{"tokens": 1, "D": 256, "S": 1, "dtype": BF16} | change)
     with pytest.raises(ValueError, match=message):
         merge_gpu.forward(
@@ -536,3 +537,21 @@ def test_without_the_compiler_for_cuda(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "they need no GPU" in error
     assert error.count("\n") == 1
+
+
+def test_a_merge_that_is_not_told_whether_it_is_the_first(monkeypatch):
+    """The op, with `first` None as reads outside of loops give it: to the bit as with False."""
+    for name in ("forward", "backward"):
+        run = partial(getattr(merge_gpu, name), interpret=plgpu.InterpretGPUParams())
+        monkeypatch.setattr(merge_gpu, name, run)
+    a = merge_inputs(4, 256, 3, jnp.float32)
+
+    def loss(first, *args):
+        x, _, stream, *done = merge_op.depth_merge(
+            *args, None, None, None, jnp.int32(1), first, EPS, NORM_EPS, False, "gpu"
+        )
+        return sum(jnp.sum(out**3) for out in (x, stream, *done))
+
+    args = (a.w, a.scale, a.mixtures, a.lse, a.stream)
+    untold, told = (jax.grad(partial(loss, first), range(5))(*args) for first in (None, jnp.bool(False)))
+    jax.tree.map(np.testing.assert_array_equal, untold, told)
