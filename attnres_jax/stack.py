@@ -196,8 +196,8 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     return (*history, *after) if held else after, aux
 
 
-def sublayers(steps, kinds, history, stream, own):
-    """The sublayers of one block, `periods` of them in scans. The stream before each is what is kept."""
+def sublayers(steps, kinds, history, stream, own, cut_up=spelling.periods):
+    """The sublayers of one block, scanned as `cut_up` says. The stream before each is what is kept."""
 
     def body(stream, values, period, history, begins=False):
         ys = []
@@ -209,7 +209,7 @@ def sublayers(steps, kinds, history, stream, own):
         return stream, ys, history
 
     ys = []
-    for (period, reps), values in zip(spelling.periods(kinds), spelling.segments(kinds, own), strict=True):
+    for (period, reps), values in zip(cut_up(kinds), spelling.segments(kinds, own, cut_up), strict=True):
         if reps > 1:
             stream, y = lax.scan(lambda s, v, p=period, h=history: body(s, v, p, h)[:2], stream, values)
         else:

@@ -19,7 +19,7 @@ from attnres_jax.autodiff import Block, append_scan, taking, window
 from attnres_jax.depth import Rows
 from attnres_jax.parallel.timetable import Cache, Chunks
 from attnres_jax.residuals.base import PyTree, Scheme
-from attnres_jax.spelling import belonging, by_kind, fold, periods, segments, starts
+from attnres_jax.spelling import belonging, by_kind, fold, runs, segments, starts
 
 Layers = Mapping[str, stack.Layer]
 
@@ -149,7 +149,7 @@ class Chunked:
         block, running = at(segment.block, c) + (0 if base is None else base), at(segment.runs, c)
         # Where it does not run, nothing stays of it: as if a block began, so that S = 1 goes on with none.
         begins = at(tuple(not r or b for r, b in zip(segment.runs, segment.begins, strict=True)), c)
-        known, begins = begins is True, starts(kinds, begins)
+        known, begins = begins is True, starts(kinds, begins, runs)
         mix, shares = belonging(self.longest, segment.first, kinds, own)
         places = {k: jnp.arange(kinds.count(k)) for k in shares}
         (found,), rows = window(rows, block, 1)
@@ -160,7 +160,7 @@ class Chunked:
             stream = scheme.begin(history, begins)
             if not known:
                 stream = select(begins, stream, found)
-            return history, stream, segments(kinds, (slots, own[1]))
+            return history, stream, segments(kinds, (slots, own[1]), runs)
 
         def step(kind):
             one = stack.sublayer(scheme, layers[kind])
@@ -169,7 +169,8 @@ class Chunked:
             return taking(kind, alone, self.policy)
 
         steps = {k: step(k) for k in set(kinds)}
-        parts = tuple((tuple(steps[k] for k in some), n) for some, n in periods(kinds))
+        # Loops, also of two turns (`spelling.periods`): over a whole one XLA lets a message travel.
+        parts = tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds))
         xs = fold((mix, places), 1)
         # `append_scan` leaves a used cotangent where it writes: cleared here, no part of what was found.
         rows = put(rows, lax.stop_gradient(found), block)
@@ -223,10 +224,10 @@ class Chunked:
             k: jax.checkpoint(stack.sublayer(scheme, layers[k]), policy=self.policy, prevent_cse=False)
             for k in set(kinds)
         }
-        begins = starts(kinds, begins)
+        begins = starts(kinds, begins, runs)
         slots, history = scheme.open(mix, history, begins)
         stream = begun(scheme.begin(history, begins))
-        return stack.sublayers(steps, kinds, history, stream, (slots, shares))
+        return stack.sublayers(steps, kinds, history, stream, (slots, shares), runs)
 
     @property
     def _kept(self):
@@ -237,7 +238,7 @@ class Chunked:
     def _penalty(self, running, kinds, ys):
         if self.penalty is None:
             return jnp.float32(0)
-        return jnp.where(running, self.penalty(by_kind(kinds, ys)), 0)
+        return jnp.where(running, self.penalty(by_kind(kinds, ys, cut_up=runs)), 0)
 
 
 def apart(scheme: Scheme) -> bool:
