@@ -144,14 +144,14 @@ MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
 
 
 @pytest.mark.parametrize(("tokens", "D", "S", "dtype", "norm", "y", "j", "first", "keep"), MERGE)
-def test_merge_gpu(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
+def test_mosaic_merge(tokens, D, S, dtype, norm, y, j, first, keep, monkeypatch):
     monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)  # so that a program walks over several rows
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)  # so that warpgroups share a row
     a = merge_inputs(tokens, D, S, dtype, norm=norm, y=y)
     check_merge(merge_gpu, a, j, first, keep, interpret=RACES)
 
 
-def test_merge_gpu_of_several_rows_at_once(monkeypatch):
+def test_mosaic_merge_of_several_rows_at_once(monkeypatch):
     """Lanes of two warpgroups, of which some have no row left."""
     monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)
     monkeypatch.setattr(merge_gpu, "GOOD_CHUNKS", 1)
@@ -166,7 +166,7 @@ def nearly_all(inputs):
     return inputs
 
 
-def test_merge_gpu_where_the_sum_has_nearly_all(monkeypatch):
+def test_mosaic_merge_where_the_sum_has_nearly_all(monkeypatch):
     monkeypatch.setattr(merge_gpu, "PROCESSORS", 1)
     check_merge(merge_gpu, nearly_all(merge_inputs(3, 256, 2, BF16)), 1, False, False, interpret=RACES)
 
@@ -176,7 +176,7 @@ def test_triton_merge_where_the_sum_has_nearly_all(triton):
     check_merge(triton("depth_merge"), a, 1, False, False, jit=lambda f: f)
 
 
-def test_merge_gpu_takes_rows_enough_at_once():
+def test_mosaic_merge_takes_rows_enough_at_once():
     """Four of a processor where shared memory has room: the parameters are 8 bytes a column, a row 10."""
     for D, rows in ((2048, 4), (2304, 4), (4096, 4), (7168, 2)):
         tile = merge_gpu.tile_of(bf16((1, 8192, D)), inputs=2, outputs=1, resident=8, lanes=8)
@@ -190,7 +190,7 @@ def fits_a_processor(programs, *buffers):
     return whole <= 227 * 1024 and programs * (whole + 1024 + 128) <= 228 * 1024
 
 
-def test_merge_gpu_claims_no_more_programs_than_fit():
+def test_mosaic_merge_claims_no_more_programs_than_fit():
     for D, (inputs, outputs, resident, lanes) in product(
         range(256, 8193, 256), ((2, 1, 8, 8), (3, 2, 8, 8), (3, 3, 8, 8), (4, 2, 2, 1), (5, 2, 2, 1))
     ):
@@ -365,7 +365,7 @@ BAD_MERGE = [  # a change of the operands, what the error says
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_MERGE)
-def test_merge_gpu_refuses(change, message):
+def test_mosaic_merge_refuses(change, message):
     a = merge_inputs(**{"tokens": 1, "D": 256, "S": 1, "dtype": BF16} | change)
     with pytest.raises(ValueError, match=message):
         merge_gpu.forward(
