@@ -17,7 +17,7 @@ SIZES = {
     "7b": {"blocks": 32, "width": 4096, "heads": 32, "kv_heads": 32, "mlp_width": 11008},
     "70b": {"blocks": 80, "width": 8192, "heads": 64, "kv_heads": 8, "mlp_width": 28672},
 }
-"""6.6 and 68.7 G parameters with a vocabulary of 32,768; the head is not the embedding."""
+"""6.7 and 69.0 G parameters with a vocabulary of 32,768; the head is not the embedding."""
 
 
 def get_config(arg: str = "d12,block8") -> base.Config:
