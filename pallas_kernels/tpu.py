@@ -45,3 +45,12 @@ def upper(x):
     """What bf16 holds of fp32 exactly, its upper 16 bits, as fp32."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def thirds(x):
+    """fp32 as a sum of three that bf16 holds exactly."""
+    parts = []
+    for _ in range(2):
+        parts.append(upper(x))
+        x = x - parts[-1]
+    return *parts, x

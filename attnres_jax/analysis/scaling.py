@@ -195,9 +195,9 @@ def report(
 LEGEND = (
     "`L = A C^-a`: least squares of log L on log C, no constant term. In brackets 95 % intervals: "
     f"percentiles of {DRAWS:,} refits to resampled residuals, the same points drawn for every scheme (seed "
-    f"{SEED}); with five points they hold the truth in 85 % of cases only, with three in 64 %. Residual: root "
-    "mean square of log L. Advantage: how many times that C the first scheme needs for the same loss, from "
-    "the two fitted curves."
+    f"{SEED}); with five points they hold the truth in 85 % of cases only, with three in 64 %. Residual: "
+    "root mean square of log L. Advantage: how many times that C the first scheme needs for the same loss, "
+    "from the two fitted curves."
 )
 
 

@@ -22,6 +22,12 @@ PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "tpu": ("tpu",), "gpu": ("gpu",), "tr
 """Where an implementation runs."""
 
 
+def elsewhere(implementation: str) -> str | None:
+    """Why it does not run on the device at hand, or None."""
+    legal, here = PLATFORMS[implementation], jax.default_backend()
+    return None if here in legal else f"runs on {' and '.join(legal)}, this is {here}"
+
+
 class Unsupported(Exception):
     """An arm that does not run here, or not this task; the words are the reason."""
 
@@ -45,9 +51,8 @@ Maker = Callable[[Work, Sequence[Inputs], int], Ready]
 
 def make(implementation: str, work: Work, sets: Sequence[Inputs], repeats: int) -> Ready:
     """A `Maker`, but for its first argument. Raises `Unsupported`."""
-    platform = jax.default_backend()
-    if platform not in PLATFORMS[implementation]:
-        raise Unsupported(f"runs on {' and '.join(PLATFORMS[implementation])}, this is {platform}")
+    if problem := elsewhere(implementation):
+        raise Unsupported(problem)
     call = jax.jit(
         partial(_both, {"mix": _mix, "merge": _merge, "block": _block}[work.task], implementation, work)
     )
@@ -116,12 +121,8 @@ def _after(x, done):
     return x
 
 
-def _after_fwd(x, done):
-    return x, done
-
-
 def _after_bwd(done, d_x):
     return d_x, jax.tree.map(lambda a: jax.lax.empty(a.shape, a.dtype), done)
 
 
-_after.defvjp(_after_fwd, _after_bwd)
+_after.defvjp(lambda x, done: (x, done), _after_bwd)

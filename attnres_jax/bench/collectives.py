@@ -17,9 +17,6 @@ from attnres_jax.bench import cost
 from attnres_jax.bench.cost import COLLECTIVES, Chip, Kernel
 from attnres_jax.bench.hlo import Computation, Instruction, Module, trips
 
-BESIDE = ("copy", "slice", "async", *COLLECTIVES)
-"""What may run beside compute, as a start and a done."""
-
 
 class Collective(NamedTuple):
     """One of a program, as it runs `times` in a step."""

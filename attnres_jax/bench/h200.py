@@ -104,7 +104,7 @@ def main(words: list[str]) -> int:
     """Compile what is missing; `words` is one JSON object, see `commands.roofline`."""
     args = json.loads(words[0])
     out = args["out"] and Path(args["out"])
-    done = _done(out)
+    done = report.done(out, ("h200",), ("chip", *Case._fields, "tokens", "dtype", "code"))
     for case in cases(args):
         names = key(case)
         if json.dumps(names) in done:
@@ -114,12 +114,6 @@ def main(words: list[str]) -> int:
             print(_line(row), flush=True)
             report.append(row, out)
     return 0
-
-
-def _done(out):
-    names = ("chip", *Case._fields, "tokens", "dtype", "code")
-    rows = [row for row in report.rows(out) if row["chip"] == "h200"]
-    return {json.dumps({name: row[name] for name in names}) for row in rows}
 
 
 def _line(row):

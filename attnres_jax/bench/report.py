@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def versions() -> dict[str, str]:
 def rows(file: Path | None) -> list[dict[str, Any]]:
     """The JSON lines of a file, none where it is not there."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+
+
+def done(file: Path | None, chips: Collection[str], names: Collection[str]) -> set[str]:
+    """What names the rows that a file has of these chips, as JSON."""
+    return {json.dumps({n: row[n] for n in names}) for row in rows(file) if row["chip"] in chips}
 
 
 def append(row: dict[str, Any], file: Path | None) -> None:

@@ -95,7 +95,7 @@ def main(words: list[str]) -> int:
     """Measure what is missing for one chip; `words` is one JSON object, see `commands.roofline`."""
     args = json.loads(words[0])
     out, chip = args["out"] and Path(args["out"]), args["chip"]
-    done = _done(out)
+    done = report.done(out, target.SLICES, ("chip", *Case._fields, "tokens", "dtype", "program"))
     device = target.devices(chip, 1)[0]
     for case in cases(args):
         try:
@@ -112,12 +112,6 @@ def main(words: list[str]) -> int:
         print(_line(row), flush=True)
         report.append(row, out)
     return 0
-
-
-def _done(out):
-    names = (*("chip", *Case._fields), "tokens", "dtype", "program")
-    rows = [row for row in report.rows(out) if row["chip"] in target.SLICES]
-    return {json.dumps({name: row[name] for name in names}) for row in rows}
 
 
 def _line(row):

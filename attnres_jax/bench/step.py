@@ -14,6 +14,7 @@ import numpy as np
 
 from attnres_jax import configs
 from attnres_jax.bench import report, turns
+from attnres_jax.bench.arms import elsewhere
 from attnres_jax.configs import Config, UserError
 from attnres_jax.parallel import mesh
 from attnres_jax.train import step
@@ -46,6 +47,8 @@ def measure(
     names = ["plain", *(name for name in names if name != "plain")]
     if jax.process_count() > 1:
         raise UserError("bench step is for one process: its clock is that of one host")
+    if implementation and (problem := elsewhere(implementation)):
+        raise UserError(f"--implementation={implementation} {problem}")
     vocab = open_corpus(config.data.corpus).vocab
     arms = {name: _arm(config, name, vocab, implementation) for name in names}
     for name in names:

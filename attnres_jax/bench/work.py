@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 
 def draw(work: Work, seed: int) -> Inputs:
     """Random inputs on the default device; `sources` is one array, `y` and the block's `x` are tuples."""
-    keys = iter(jax.random.split(jax.random.key(seed), 100))
+    keys = iter(jax.random.split(jax.random.key(seed), max(100, 2 * work.reads + 4)))
 
     def wide(*shape):
         return jax.random.normal(next(keys), (*shape, work.tokens, work.width), work.dtype)

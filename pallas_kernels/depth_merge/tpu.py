@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.depth_merge.config import tpu_config
 from pallas_kernels.depth_merge.vjp import Forward
-from pallas_kernels.tpu import LANES, NN, NT, dot, output, params, upper
+from pallas_kernels.tpu import LANES, NN, NT, dot, output, params, thirds
 
 ROWS = 32
 """Tokens that are worked on at once."""
@@ -77,7 +77,7 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     size, vmem = _sizes("backward", mixtures, eps, norm_eps)
     row, d_p = _row(size), _row(size, hide=True)
     per_core = pl.BlockSpec((None, 8, size.D), lambda c, i, n: (c, 0, 0))
-    args = {"d_p": (d_stream, d_p), "d_os": (d_mixtures, pl.BlockSpec(memory_space=pl.ANY))}
+    args = {"d_ps": (d_stream, d_p), "d_os": (d_mixtures, pl.BlockSpec(memory_space=pl.ANY))}
     args |= {"d_lses": (d_lse[..., 0], _stat(size, size.S)), "p": (streams, _stream(size, True))}
     args |= {"o": (mixtures, _row_of_j(size)), "d_x": (d_x, row), "d_mixture": (d_mixture, row)}
     args |= {"stats": (stats, _stat(size, STATS)), **_vectors(w=w, scale=scale)}
@@ -86,9 +86,11 @@ def backward(w, scale, mixtures, lse, streams, at, j, first, stats, *cotangents,
     outs |= {"d_lse": (d_lse[..., 0], _stat(size, size.S)), "d_w": (sums, per_core)}
     outs |= {"d_scale": (None if scale is None else sums, per_core)}
     args, outs = _given(args), _given(outs)
+    # Coefficients of a token on all lanes, and three rows of it in fp32 if there is room.
+    scratch = [(STATS, size.tile, LANES), *([(3, size.tile, size.D)] if size.unpacked else [])]
     out = pl.pallas_call(
         functools.partial(_backward_kernel, size, tuple(args), tuple(outs)),
-        grid_spec=_grid(size, args, outs, _scratch(size)),
+        grid_spec=_grid(size, args, outs, scratch),
         out_shape=[output(a.shape, a.dtype, streams) for a, _ in outs.values()],
         input_output_aliases={1: 0, 2: 1, 3: 2},
         compiler_params=params(vmem),
@@ -150,9 +152,9 @@ def _forward_kernel(size, names_in, names_out, scalars, *refs):
 
 
 def _backward_kernel(size, names_in, names_out, scalars, *refs):
-    names_out = tuple("out_" + n if n == "d_p" else n for n in names_out)
     at = dict(zip((*names_in, *names_out), refs, strict=False))
-    normed, kept, (spread, *wide) = "scale" in at, "d_mixture" in at, refs[len(at) :]
+    spread, *wide = refs[len(at) :]
+    at |= {"wide": wide[0]} if wide else {}
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -160,71 +162,79 @@ def _backward_kernel(size, names_in, names_out, scalars, *refs):
             if name in at:
                 at[name][...] = jnp.zeros_like(at[name])
 
-    def add_up(rows):
-        load = functools.partial(_load, at, rows)
-        totals = [0.0] * (4 if kept else 2)
-        for cols in _tiles(size.D):
-            d_x, p, o = load("d_x", cols), load("p", cols), load("o", cols)
-            for k, x in enumerate((d_x, p, o) if wide else ()):
-                wide[0][k, rows, cols] = x
-            pull = d_x * at["scale"][:, cols] if normed else d_x
-            d_h = load("d_mixture", cols) if kept else None
-            terms = [pull * p, pull * o, *((d_h * p, d_h * o) if kept else ())]
-            totals = [a + _narrow(x) for a, x in zip(totals, terms, strict=True)]
-        return totals
-
     found = []
     for group in _parts(pl.ds(0, size.tile), LANES):
-        sums = zip(*(add_up(rows) for rows in _parts(group)), strict=True)
+        sums = zip(*(_along(size, at, rows) for rows in _parts(group)), strict=True)
         found.append([_over_width(jnp.concatenate(parts, 0)) for parts in sums])
-    along_p, along_o, *rest = (jnp.concatenate(rows, 1) for rows in zip(*found, strict=True))
-    score, rstd, share, norm, skew = (at["stats"][k : k + 1, :] for k in range(5))
-    other, along, mean = 1.0 - share, along_p - along_o, jnp.zeros_like(share)
-    if normed:
-        mean = norm * (other * along_o + share * along_p) / size.D
-        along = norm * (along - mean * skew)
-    along = along + rest[0] - rest[1] if kept else along
-    d_score = share * other * along
-    c_w = d_score * rstd
-    c_p = c_w * score * rstd / size.D
-    mine = lax.broadcasted_iota(jnp.int32, at["d_lse"].shape, 0) == scalars[0]
-    at["d_lse"][...] = jnp.where(mine, -d_score, at["d_lses"][...])
-    coefficients = (other * norm, share * norm, mean, c_w, c_p, *((other, share) if kept else ()))
+    sums = (jnp.concatenate(rows, 1) for rows in zip(*found, strict=True))
+    c_w, coefficients = _through_gate(size, at, scalars, *sums)
     _spread(spread, coefficients)
     left = _pieces(c_w, at["p"].dtype)
 
-    def write(cols):
-        at["d_w"][:, cols] += dot(left, at["p"][:, cols], NN)
-        d_scale = 0.0
-        for rows in _parts(pl.ds(0, size.tile), 16):
-            load = functools.partial(_load, at, rows)
-            of_o, of_p, mean, c_w, c_p, *plain = (
-                _repeated(spread[k, rows, :], cols.size) for k in range(len(coefficients))
-            )
-            row = wide[0][:, rows, cols] if wide else [load(name, cols) for name in ("d_x", "p", "o")]
-            d_x, p, o = (row[k] for k in range(3))
-            d_h = d_x
-            if normed:
-                u = o * of_o + p * of_p
-                d_scale = d_scale + _fold(d_x * u)
-                d_h = d_x * at["scale"][:, cols] - u * mean
-            d_o, d_p = d_h * of_o, d_h * of_p + at["w"][:, cols] * c_w - p * c_p
-            if kept:
-                d_h = load("d_mixture", cols)
-                d_o, d_p = d_o + d_h * plain[0], d_p + d_h * plain[1]
-            at["d_o"][rows, cols] = d_o.astype(at["d_o"].dtype)
-            at["out_d_p"][rows, cols] = (load("d_p", cols) + d_p).astype(at["out_d_p"].dtype)
-        if normed:
-            at["d_scale"][:, cols] += d_scale
+    write = functools.partial(_write, size, at, spread, left, len(coefficients))
 
     def step(c, carry):
         write(pl.ds(pl.multiple_of(c * size.columns, size.columns), size.columns))
         return carry
 
-    whole = size.D // size.columns * size.columns
     lax.fori_loop(0, size.D // size.columns, step, 0)
-    if whole < size.D:
-        write(pl.ds(whole, size.D - whole))
+    if rest := size.D % size.columns:
+        write(pl.ds(size.D - rest, rest))
+
+
+def _along(size, at, rows):
+    """The first walk: t . p and t . o, and those of d_mixture, 128 partial sums each."""
+    load = functools.partial(_load, at, rows)
+    totals = [0.0] * (4 if "d_mixture" in at else 2)
+    for cols in _tiles(size.D):
+        d_x, p, o = load("d_x", cols), load("p", cols), load("o", cols)
+        for k, x in enumerate((d_x, p, o) if "wide" in at else ()):
+            at["wide"][k, rows, cols] = x
+        pull = d_x * at["scale"][:, cols] if "scale" in at else d_x
+        d_h = load("d_mixture", cols) if "d_mixture" in at else None
+        terms = [pull * p, pull * o, *((d_h * p, d_h * o) if d_h is not None else ())]
+        totals = [a + _narrow(x) for a, x in zip(totals, terms, strict=True)]
+    return totals
+
+
+def _through_gate(size, at, scalars, along_p, along_o, *rest):
+    """Row j of d_lse; the cotangent of w . p, and the coefficients of a token in the second walk."""
+    score, rstd, share, norm, skew = (at["stats"][k : k + 1, :] for k in range(5))
+    other, along, mean = 1.0 - share, along_p - along_o, jnp.zeros_like(share)
+    if "scale" in at:
+        mean = norm * (other * along_o + share * along_p) / size.D
+        along = norm * (along - mean * skew)
+    along = along + rest[0] - rest[1] if rest else along
+    d_score = share * other * along
+    c_w = d_score * rstd
+    c_p = c_w * score * rstd / size.D
+    mine = lax.broadcasted_iota(jnp.int32, at["d_lse"].shape, 0) == scalars[0]
+    at["d_lse"][...] = jnp.where(mine, -d_score, at["d_lses"][...])
+    return c_w, (other * norm, share * norm, mean, c_w, c_p, *((other, share) if rest else ()))
+
+
+def _write(size, at, spread, left, count, cols):
+    """The second walk, of some columns: d_w, d_o, d_p and d_scale. `left` is c_w, as pieces."""
+    at["d_w"][:, cols] += dot(left, at["p"][:, cols], NN)
+    d_scale = 0.0
+    for rows in _parts(pl.ds(0, size.tile), 16):
+        load = functools.partial(_load, at, rows)
+        of_o, of_p, mean, c_w, c_p, *plain = (_repeated(spread[k, rows, :], cols.size) for k in range(count))
+        row = at["wide"][:, rows, cols] if "wide" in at else [load(name, cols) for name in ("d_x", "p", "o")]
+        d_x, p, o = (row[k] for k in range(3))
+        d_h = d_x
+        if "scale" in at:
+            u = o * of_o + p * of_p
+            d_scale = d_scale + _fold(d_x * u)
+            d_h = d_x * at["scale"][:, cols] - u * mean
+        d_o, d_p = d_h * of_o, d_h * of_p + at["w"][:, cols] * c_w - p * c_p
+        if plain:
+            d_h = load("d_mixture", cols)
+            d_o, d_p = d_o + d_h * plain[0], d_p + d_h * plain[1]
+        at["d_o"][rows, cols] = d_o.astype(at["d_o"].dtype)
+        at["d_p"][rows, cols] = (load("d_ps", cols) + d_p).astype(at["d_p"].dtype)
+    if "scale" in at:
+        at["d_scale"][:, cols] += d_scale
 
 
 def _products(size, at, rows, normed):
@@ -254,7 +264,7 @@ def _sums(size, at, rows, pairs):
 
 def _spread(out, rows):
     """Each of `rows` [1, tokens] to [tokens, 128], the same on all lanes: a product with ones, exact."""
-    pieces = [_stacked(*part) for part in zip(*(_thirds(row) for row in rows), strict=True)]
+    pieces = [_stacked(*part) for part in zip(*(thirds(row) for row in rows), strict=True)]
     left = _as_columns(jnp.concatenate(pieces, 0)).astype(jnp.bfloat16)
     row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, len(rows) * LANES), k) for k in range(2))
     product = dot(left, jnp.where(row % STATS == lane // LANES, 1.0, 0.0).astype(jnp.bfloat16), NN)
@@ -262,18 +272,9 @@ def _spread(out, rows):
         out[k] = product[:, k * LANES : (k + 1) * LANES]
 
 
-def _thirds(x):
-    """fp32 as a sum of three that bf16 holds exactly."""
-    parts = []
-    for _ in range(2):
-        parts.append(upper(x))
-        x = x - parts[-1]
-    return *parts, x
-
-
 def _pieces(x, dtype, rows=8):
     """[1, n] as `rows` of `dtype` that add up to it, most of them zeros."""
-    parts = _thirds(x) if dtype == jnp.bfloat16 else (x,)
+    parts = thirds(x) if dtype == jnp.bfloat16 else (x,)
     return jnp.concatenate([*parts, *[jnp.zeros_like(x)] * (rows - len(parts))], 0).astype(dtype)
 
 
@@ -349,11 +350,6 @@ def _scalars(j, at, first):
 
 def _first(scalars):
     return scalars[2] == 1 if scalars.shape[0] == 3 else None
-
-
-def _scratch(size):
-    """Backward: coefficients of a token on all lanes, and three rows of it in fp32 if there is room."""
-    return [(STATS, size.tile, LANES), *([(3, size.tile, size.D)] if size.unpacked else [])]
 
 
 def _grid(size, args, outs, scratch):

@@ -38,10 +38,11 @@ def depth_merge(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, nor
       mixtures, lse: [S, *tokens, D] and fp32 [S, *tokens], all of Phase 1; row `j` (int32, may be traced) is
         this read's.
       stream: [*tokens, D], the running sum of the block's outputs.
-      kept: None, or an array [..., *tokens, D] whose row `at` is the sum too. It is read there, and `stream`
+      kept: None, or an array [K, *tokens, D] whose row `at` is the sum too. It is read there, and `stream`
         takes the cotangent only: a sum that a loop over depth has kept need not be copied out.
       y: [*tokens, D] or None: an output to add to the sum before it is read; then `kept` must be None.
-      first: bool, may be traced: the block has no sum yet, and none is read; y must be None. None: it has.
+      first: bool, may be traced: the block has no sum yet, and none counts (what is there must be finite);
+        y must be None. None: it has.
       eps, norm_eps: of the key norm and of the sublayer's norm.
       keep_mixture: also return the mixture, before the norm.
       backend: one of `BACKENDS`: Mosaic on TPU, Mosaic on GPU, jax-triton.
@@ -54,8 +55,8 @@ def depth_merge(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, nor
 
 
 def _forward(w, scale, mixtures, lse, stream, kept, y, at, j, first, eps, norm_eps, keep_mixture, backend):
-    _check(w, scale, mixtures, lse, stream, kept, y)
-    first = False if first is None and backend != "tpu" else first  # which alone is not told
+    _check(w, scale, mixtures, lse, stream, kept, y, first)
+    first = False if first is None and backend != "tpu" else first  # TPU alone has a kernel that is not told
     options = {"eps": eps, "norm_eps": norm_eps, "keep_mixture": keep_mixture}
     run = sequential_vmap(functools.partial(_module(backend).forward, **options))
     place = _place(backend, stream, kept, at)
@@ -89,19 +90,30 @@ def refusal(D: int, dtype: DTypeLike, backend: str) -> str | None:
     return (config.tpu_refusal if backend == "tpu" else _module(backend).refusal)(D, dtype)
 
 
-def _check(w, scale, mixtures, lse, stream, kept, y):
-    D, tokens = stream.shape[-1], stream.shape[:-1]
-    wanted = {"w": (w, (D,)), "scale": (scale, (D,)), "y": (y, stream.shape)}
-    wanted |= {"mixtures": (mixtures, (len(mixtures), *stream.shape)), "lse": (lse, (len(mixtures), *tokens))}
-    for name, (array, shape) in wanted.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} must be {shape} beside a stream {stream.shape}, got {array.shape}")
-    for name, array in {"mixtures": mixtures, "kept": kept, "y": y}.items():
-        if array is not None and array.dtype != stream.dtype:
-            raise ValueError(f"{name} must be {stream.dtype} as the stream is, got {array.dtype}")
-    if y is not None and kept is not None:
+def _check(w, scale, mixtures, lse, stream, kept, y, first):
+    wide, D, S = stream.dtype, stream.shape[-1], len(mixtures)
+    if wide not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"stream must be bfloat16 or float32, got {wide}")
+    if not mixtures.size:
+        raise ValueError(f"mixtures must hold at least one row, token and column, got {mixtures.shape}")
+    wanted = {
+        "w": (w, (D,), jnp.float32),
+        "scale": (scale, (D,), jnp.float32),
+        "mixtures": (mixtures, (S, *stream.shape), wide),
+        "lse": (lse, (S, *stream.shape[:-1]), jnp.float32),
+        "kept": (kept, None if kept is None else (len(kept), *stream.shape), wide),
+        "y": (y, stream.shape, wide),
+    }
+    for name, (array, shape, dtype) in wanted.items():
+        if array is not None and (array.shape != shape or array.dtype != dtype):
+            raise ValueError(
+                f"{name} must be {shape} of {jnp.dtype(dtype)} beside a stream {stream.shape} of {wide}, "
+                f"got {array.shape} of {array.dtype}"
+            )
+    if y is not None and not (kept is first is None):
         raise ValueError(
-            "y is added to the sum before it is read, so the sum cannot be kept yet: kept must be None"
+            "y is added to the sum before it is read, so there is one, and none is kept: kept and first must "
+            "be None"
         )
 
 

@@ -47,12 +47,6 @@ ROWS = 16
 def _shape(w, sources):
     _, tokens, D = sources[0].shape
     R = sum(len(v) for v in sources)
-    for k, v in enumerate(sources):
-        if v.shape[1:] != (tokens, D) or v.dtype != sources[0].dtype:
-            raise ValueError(
-                f"sources[{k}]: {v.dtype} {v.shape} differs from sources[0], "
-                f"{sources[0].dtype} [.., {tokens}, {D}]"
-            )
     if problem := refusal(len(w), R, D, sources[0].dtype):
         raise ValueError(problem)
     return Shape(tokens, D, R, len(w))

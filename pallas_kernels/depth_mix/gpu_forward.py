@@ -44,8 +44,10 @@ def score(shape, w, sources, counts, eps, interpret):
             plgpu.copy_gmem_to_smem(source, r.rows.at[slot], r.full.at[slot])
             plgpu.copy_gmem_to_smem(r.w.at[:, cols], r.queries.at[slot], r.full.at[slot])
 
-        for q in range(depth):
-            fetch(q)
+        @pl.when(n > 0)  # what is copied for no row would wait for the next array
+        def _():
+            for q in range(depth):
+                fetch(q)
 
         @pl.loop(0, n)
         def _(row):

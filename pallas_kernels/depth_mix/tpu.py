@@ -14,12 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.depth_mix import tpu_group as group
 from pallas_kernels.depth_mix.config import tpu_config
 from pallas_kernels.depth_mix.vjp import Forward
-from pallas_kernels.tpu import LANES, NN, NT, dot, output, params, upper
-
-WIDTH = 512
-"""Columns of a mixture that are computed at once."""
+from pallas_kernels.tpu import LANES, output, params
 
 
 class Sizes(NamedTuple):
@@ -157,38 +155,35 @@ def _forward_kernel(size, counts, w, *refs):
     *sources, mixture, lse, stats, buffer, weights, arrived = refs
     step, slot = pl.program_id(1), lax.rem(pl.program_id(1), 2)
     _clear(size, buffer)
-
-    def copies(step, slot):
-        return _copies(size, counts, sources, buffer, arrived, step, slot)
-
+    copies = functools.partial(_copies, size, counts, sources, buffer, arrived)
     _prefetch(size, step, copies)
     _each(copies(step, slot), "wait")
-    visible = _visible(size, counts)
+    visible = group.visible_lanes(size, counts)
 
     scored, weighed, mixed = size.together(64), math.gcd(size.groups, 8), size.together(128)
     # Three loops, each over several groups at once, for what waits in one group is hidden by the others.
 
     def score(i, carry):
         some = [i * scored + k for k in range(scored)]
-        found = [_scores(size, w, buffer.at[slot, :, q]) for q in some]
+        found = [group.scores(size, w, buffer.at[slot, :, q]) for q in some]
         for q, (scores, rstd) in zip(some, found, strict=True):
-            stats[q] = _with_rstd(size, scores, rstd)
+            stats[q] = group.with_rstd(size, scores, rstd)
         return carry
 
     def weigh(i, lses):
         for q in [i * weighed + k for k in range(weighed)]:
             stat = [stats[q, : size.S8, pl.ds(b, LANES)] for b in range(0, size.lanes, LANES)]
-            shares, lse = _softmax(
+            shares, lse = group.softmax(
                 size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, stat, strict=True)]
             )
             weights[q] = jnp.concatenate(shares, 1)
             lse = jnp.concatenate([lse] * (size.span // LANES), 1)
-            lses = jnp.where(_lane(lse.shape) // size.group == q, lse, lses)
+            lses = jnp.where(group.lane(lse.shape) // size.group == q, lse, lses)
         return lses
 
     def mix(i, carry):
         for q in [i * mixed + k for k in range(mixed)]:
-            _mix(size, weights[q], buffer.at[slot, :, q], mixture, q)
+            group.mix(size, weights[q], buffer.at[slot, :, q], mixture, q)
         return carry
 
     lax.fori_loop(0, size.groups // scored, score, 0)
@@ -219,12 +214,12 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
         _prefetch(size, step, sums_in, slots=3)
         _each(sums_in(step, third), "wait")
     _each(copies(step, slot), "wait")
-    visible = _visible(size, counts)
+    visible = group.visible_lanes(size, counts)
 
     def body(i, carry):
         some = [i * size.several + k for k in range(size.several)]
         held = [(buffer.at[slot, :, q], sums.at[third, :, q]) for q in some]
-        _pull_groups(size, some, held, add, visible, w, d_mixture, d_lse, stats, d_w)
+        group.pull_groups(size, some, held, add, visible, w, d_mixture, d_lse, stats, d_w)
         return carry
 
     lax.fori_loop(0, size.groups // size.several, body, 0)
@@ -237,170 +232,6 @@ def _backward_kernel(size, many, add, counts, w, d_mixture, d_lse, stats, *refs)
             _each(sums_out(step - 1, lax.rem(step + 2, 3)), "wait")
 
 
-def _pull_groups(size, some, held, add, visible, w, d_mixture, d_lse, stats, d_w):
-    """Cotangents of some groups, each stage for all of them: what waits in one is hidden by the others.
-
-    `held` are references to the sources of each, and to where the cotangents of its sources go."""
-    d_out = [_of_group(size, d_mixture, q) for q in some]
-    products = [dot(d, _rows(v), NT) for d, (v, _) in zip(d_out, held, strict=True)]
-    found = [
-        _through_softmax(size, visible, stats.at[q], p, d_lse, q) for q, p in zip(some, products, strict=True)
-    ]
-    for d, (v, total), (weights, pulls, shrink) in zip(d_out, held, found, strict=True):
-        _pull(size, weights, pulls, shrink, d, w, v, total if add else None, total)
-    parts = []
-    for (v, _), (_, pulls, _) in zip(held, found, strict=True):
-        pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
-        parts.append(_two_halves(pulls, _rows(v), NN))
-    d_w[...] += functools.reduce(jnp.add, parts)
-
-
-def _through_softmax(size, visible, stats, products, d_lse, q):
-    """Weights, `pulls` (cotangents of w . v) and `shrink` (those of rstd, of which V's norm takes its part).
-
-    Of group q, from `products` dO V^T [S * group, R * group]; lists by registers of (source, token)."""
-    stat = [stats[:, pl.ds(b * LANES, LANES)] for b in range(size.lanes // LANES)]
-    scores, rstd = [s[: size.S8] for s in stat], [s[size.S : size.S + 1] for s in stat]
-    weights, _ = _softmax(
-        size, [jnp.where(seen, s, -jnp.inf) for seen, s in zip(visible, scores, strict=True)]
-    )
-    d_weights = _traces(size, products)
-    own = jnp.where(_lane((size.S8, LANES)) // size.group == q, d_lse[...], 0.0)  # d_lse is the tile's
-    center = _over_sources(size, sum(a * d for a, d in zip(weights, d_weights, strict=True)), jnp.add)
-    center = center - _over_sources(size, own, jnp.add)
-    d_scores = [a * (d - center) for a, d in zip(weights, d_weights, strict=True)]
-    pulls = [d * r for d, r in zip(d_scores, rstd, strict=True)]
-    shrink = [
-        jnp.sum(p * s, 0, keepdims=True) * r / size.D for p, s, r in zip(pulls, scores, rstd, strict=True)
-    ]
-    return weights, pulls, shrink
-
-
-def _of_group(size, d_mixture, q):
-    """Cotangents of a group's mixtures, [S * group, D]."""
-    rows = pl.ds(pl.multiple_of(q * size.group, size.group), size.group)
-    return jnp.concatenate([d_mixture[s, rows, :] for s in range(size.S)], 0)
-
-
-def _scores(size, w, v):
-    """Scores [S8, lanes] and rstd [8, lanes] of one group; lanes are (source, token)."""
-    raw, square = _both_halves(dot(w[...], _rows(v), NT), size.S8), _squares(v)
-    rstd = lax.rsqrt(square / size.D + size.eps)
-    return _widen(size, raw * jnp.concatenate([rstd] * (size.S8 // 8), 0)), _widen(size, rstd)
-
-
-def _with_rstd(size, scores, rstd):
-    """What is kept of a group: rstd takes the row after the scores."""
-    rows = size.stats[0]
-    scores = scores if rows == size.S8 else jnp.concatenate([scores, rstd], 0)
-    here = lax.broadcasted_iota(jnp.int32, scores.shape, 0) == size.S
-    return jnp.where(here, jnp.concatenate([rstd] * (rows // 8), 0), scores)
-
-
-def _squares(v):
-    """sum_d v^2 of the rows of `v`, along lanes [8, rows]: to 128 columns first, the rest by a product."""
-    D, whole = v.shape[-1], v.shape[-1] // LANES * LANES
-    tiles = [_rows(v, at, LANES).astype(jnp.float32) for at in range(0, whole, LANES)]
-    parts = [functools.reduce(jnp.add, [t * t for t in tiles])] if tiles else []
-    if whole < D:
-        tail = _rows(v, whole, D - whole).astype(jnp.float32)
-        parts.append(tail * tail)
-    halves = [h for p in parts for h in ((p,) if v.dtype == jnp.float32 else _halves(p))]
-    return sum(dot(jnp.ones((16, h.shape[1]), h.dtype), h, NT) for h in halves)[:8]
-
-
-def _softmax(size, scores):
-    """Weights over all sources, and log-sum-exp; lanes are (source, token), so tokens repeat."""
-    top = _over_sources(size, functools.reduce(jnp.maximum, scores), jnp.maximum)
-    e = [jnp.exp(s - top) for s in scores]
-    total = _over_sources(size, functools.reduce(jnp.add, e), jnp.add)
-    return [x / total for x in e], top + jnp.log(total)
-
-
-def _over_sources(size, x, op):
-    """Reduce a register over its sources; the result stands at each of them."""
-    shift = LANES // 2
-    while shift >= size.group:
-        x, shift = op(x, pltpu.roll(x, shift, 1)), shift // 2
-    return x
-
-
-def _diagonal(size, rows):
-    """[len(rows) * group, width of a row]: of each row, the diagonal of every source's square."""
-    keep = _on_diagonal(size, rows[0].shape[1])
-    return jnp.concatenate([jnp.where(keep, jnp.broadcast_to(row, keep.shape), 0.0) for row in rows], 0)
-
-
-def _on_diagonal(size, width):
-    token = lax.broadcasted_iota(jnp.int32, (size.group, width), 0)
-    return _lane(token.shape) % size.group == token
-
-
-def _traces(size, products):
-    """The inverse of `_diagonal`: [S * group, R * group] to lists of [S8, 128]."""
-    rows = [_widen(size, products[s * size.group : (s + 1) * size.group]) for s in range(size.S)]
-    keep = _on_diagonal(size, size.lanes)
-    sums = [jnp.sum(jnp.where(keep, row, 0.0), 0, keepdims=True) for row in rows]
-    sums += [jnp.zeros((size.S8 - size.S, size.lanes), jnp.float32)] if size.S8 > size.S else []
-    whole = jnp.concatenate(sums, 0)
-    return [whole[:, b : b + LANES] for b in range(0, size.lanes, LANES)]
-
-
-def _mix(size, weights, v, mixture, q):
-    """Mixtures of one group, some columns at a time.
-
-    The two halves of a weight stand side by side, and the sources twice, or one below the other."""
-    rows, G = pl.ds(pl.multiple_of(q * size.group, size.group), size.group), size.group
-    weights = weights[:, : size.R * G]
-    parts = [weights] if v.dtype == jnp.float32 else [h.astype(jnp.float32) for h in _halves(weights)]
-    parts, copies = ([jnp.concatenate(parts, 1)], len(parts)) if size.beside else (parts, 1)
-    left = _diagonal(size, [part[s : s + 1] for s in range(size.S) for part in parts]).astype(v.dtype)
-    for at, width in _columns(size.D):
-        out = dot(left, jnp.concatenate([_rows(v, at, width)] * copies, 0), NN)
-        for s in range(size.S):
-            of = [out[k * G : (k + 1) * G] for k in range(s * len(parts), (s + 1) * len(parts))]
-            mixture[s, rows, pl.ds(at, width)] = sum(of).astype(mixture.dtype)
-
-
-def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
-    """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
-    whole = jnp.concatenate(weights, 1)
-    left = _diagonal(size, [whole[s : s + 1, : size.R * size.group] for s in range(size.S)])
-    left = jnp.concatenate([left, jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0).T.astype(v.dtype)
-    short = -len(shrink) % 8
-    columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * short], 0).T
-    shrink = jnp.concatenate([columns[:, b : b + 1] for b in range(size.lanes // LANES)], 0)
-    shrink = shrink[: size.R * size.group]
-    for at, width in _columns(size.D):
-        cols = pl.ds(at, width)
-        right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
-        total = dot(left, right, NN) - shrink * _rows(v, at, width).astype(jnp.float32)
-        if add is not None:
-            total = total + _rows(add, at, width).astype(jnp.float32)
-        out[:, :, cols] = total.astype(out.dtype).reshape(size.R, size.group, width)
-
-
-def _halves(x):
-    """fp32 as two bf16: the upper 16 bits, exactly, and 8 more."""
-    high = upper(x)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
-
-
-def _stack_halves(x, dtype):
-    if dtype == jnp.float32:
-        return x
-    return jnp.concatenate(_halves(x), 0)
-
-
-def _both_halves(product, rows):
-    """Adds what the two halves of the left side gave."""
-    return product if len(product) == rows else product[:rows] + product[rows:]
-
-
-def _two_halves(x, v, contract):
-    return _both_halves(dot(_stack_halves(x, v.dtype), v, contract), len(x))
-
-
 def _packed(w, dtype, size):
     """W as the left side of a product: fp32, or the two halves [2 S8, D] that bf16 sources meet."""
     w = jnp.pad(w.astype(jnp.float32), [(0, size.S8 - size.S), (0, 0)])
@@ -408,32 +239,6 @@ def _packed(w, dtype, size):
         return w
     high = w.astype(dtype)
     return jnp.concatenate([high, (w - high.astype(jnp.float32)).astype(dtype)], 0)
-
-
-def _blocks(size, x):
-    return [_widen(size, x)[:, b : b + LANES] for b in range(0, size.lanes, LANES)]
-
-
-def _widen(size, x):
-    """To whole registers of lanes."""
-    short = size.lanes - x.shape[1]
-    return jnp.concatenate([x, jnp.zeros((len(x), short), x.dtype)], 1) if short else x
-
-
-def _visible(size, counts):
-    """Which lanes hold a source that may be seen, for each register."""
-    masks = []
-    for b in range(size.lanes // LANES):
-        source, seen, at = (_lane((size.S8, LANES)) + b * LANES) // size.group, None, 0
-        for k, rows in enumerate(size.rows):
-            here = (source >= at) & (source < at + (counts[k] if size.counted else rows))
-            seen, at = here if seen is None else seen | here, at + rows
-        masks.append(seen)
-    return masks
-
-
-def _lane(shape):
-    return lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
 def _copies(size, counts, arrays, buffer, semaphore, step, slot, out=False):
@@ -460,12 +265,6 @@ def _each(plans, verb):
             lax.fori_loop(0, visible, lambda r, c, copy=copy: (getattr(copy(r, 1), verb)(), c)[1], 0)
 
 
-def _rows(ref, at=0, width=None):
-    """Columns of all (source, token) of a group, [R * group, width]."""
-    width = ref.shape[-1] if width is None else width
-    return ref[:, :, pl.ds(at, width)].reshape(-1, width)
-
-
 def _prefetch(size, step, copies, slots=2):
     """This step's copies if it is the first, and the next step's."""
 
@@ -485,11 +284,6 @@ def _clear(size, buffer):
         @pl.when(pl.program_id(1) == 0)
         def _():
             buffer[...] = jnp.zeros_like(buffer)
-
-
-def _columns(D):
-    """Pieces of a row, (first, width): an even number of registers, for an MXU 256 wide, but for the last."""
-    return [(at, min(WIDTH, D - at)) for at in range(0, D, WIDTH)]
 
 
 def _sizes(direction, w, sources, counts, slots, eps):

@@ -185,32 +185,9 @@ def apply(
         live, inside = visible & (t < T), (row < R) & (t < T)
         full = live[:, None] & (c < D)[None, :]
         source = addresses(
-            row,
-            t,
-            v0,
-            v1,
-            v2,
-            v3,
-            v4,
-            v5,
-            v6,
-            v7,
-            v8,
-            v9,
-            T,
-            BYTES,
-            D,
-            N0,
-            N1,
-            N2,
-            N3,
-            N4,
-            N5,
-            N6,
-            N7,
-            N8,
-            N9,
-        )
+            row, t, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, T, BYTES, D,
+            N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+        )  # fmt: skip
         at = t.to(tl.int64) * R + row
         small = inside[:, None] & (q < S)[None, :]
         tt = (tl.full([], 0, tl.int64) + block) * TOK + tl.arange(0, TOK)
@@ -231,32 +208,9 @@ def apply(
         z -= along[:, None] * v.to(tl.float32)
         dw_sum = product(tl.trans(cm), v, dw_sum)
         target = addresses(
-            row,
-            t,
-            d0,
-            d1,
-            d2,
-            d3,
-            d4,
-            d5,
-            d6,
-            d7,
-            d8,
-            d9,
-            T,
-            BYTES,
-            D,
-            N0,
-            N1,
-            N2,
-            N3,
-            N4,
-            N5,
-            N6,
-            N7,
-            N8,
-            N9,
-        )
+            row, t, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, T, BYTES, D,
+            N0, N1, N2, N3, N4, N5, N6, N7, N8, N9
+        )  # fmt: skip
         if GIVEN:
             z += tl.load(target[:, None] + c[None, :], mask=full, other=0.0).to(tl.float32)
         written = full if GIVEN else inside[:, None] & (c < D)[None, :]
@@ -277,7 +231,7 @@ def one_forward(
     t, c = tl.program_id(0), tl.arange(0, BD)
     wv = tl.load(w + c, mask=c < D, other=0.0)
     out = tl.zeros([BD], tl.float32)
-    top = tl.full([], -float("inf"), tl.float32)
+    top = tl.full([], -1e30, tl.float32)  # not -inf: a hidden row may come first
     total = tl.zeros([], tl.float32)
     for step in tl.range(0, R, num_stages=STAGES):
         i = tl.full([], 0, tl.int32) + step
@@ -287,7 +241,7 @@ def one_forward(
         live = tl.load(seen + i) != 0
         v = tl.load(source + c, mask=c < tl.where(live, D, 0), other=0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(v * v) / D + eps)
-        score = tl.where(live, tl.sum(v * wv) * r, -float("inf"))  # the first row is always seen
+        score = tl.where(live, tl.sum(v * wv) * r, -float("inf"))
         at = t.to(tl.int64) * R + i
         tl.store(logits + at, score)
         tl.store(rstd + at, r)

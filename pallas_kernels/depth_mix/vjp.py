@@ -33,7 +33,8 @@ def depth_mix(w, sources, counts, eps, handed_on, backend, slots=None):
     Args:
       w: [S, D] fp32, query * key_scale of each read.
       sources: tuple of arrays [R_k, *tokens, D], bf16 or fp32, none stacked or copied.
-      counts: for each array None, or an int32 scalar n >= 1: n rows are read, the others cost nothing.
+      counts: for each array None, or an int32 scalar n: n rows are read, the others cost nothing; of
+        all arrays at least one row is.
       eps: of the key norm.
       handed_on: return the sources too, for later reads to take: their cotangents then arrive here
         summed, and this read adds its own in place. Else the third result is ().
@@ -80,10 +81,13 @@ def refusal(S: int, R: int, D: int, dtype: DTypeLike, backend: str) -> str | Non
 
 def _check(w, sources, counts, slots, backend):
     """How many axes of the sources lie before the tokens."""
-    if w.ndim != 2 or not len(w):
-        raise ValueError(f"w must be [S, D] with S >= 1, got {w.shape}")
-    if not sources or not all(map(len, sources)):
-        raise ValueError(f"sources must hold at least one row each, got {[v.shape for v in sources]}")
+    if w.ndim != 2 or not len(w) or w.dtype != jnp.float32:
+        raise ValueError(f"w must be [S, D] of float32 with S >= 1, got {w.shape} of {w.dtype}")
+    if not sources or not all(v.size for v in sources):
+        shapes = [v.shape for v in sources]
+        raise ValueError(f"sources must hold at least one row, token and column each, got {shapes}")
+    if sources[0].dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"sources must be bfloat16 or float32, got {sources[0].dtype}")
     if len(counts) != len(sources):
         raise ValueError(
             f"counts must say None or a number for each of {len(sources)} arrays, got {len(counts)}"
