@@ -36,9 +36,9 @@ def params(vmem):
 
 
 def dot(a, b, contract):
-    """A product accumulated in fp32; fp32 operands at full precision."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32)
+    """A product accumulated in fp32; fp32 operands at full precision, whatever JAX's default is."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (contract, ((), ())), precision, preferred_element_type=jnp.float32)
 
 
 def upper(x):

@@ -21,10 +21,6 @@ TINY = {
     "data.length": 8,
     "data.batch": 2,
 }
-LIBTPU = importlib.util.find_spec("libtpu") is not None
-needs_libtpu = pytest.mark.skipif(
-    not LIBTPU, reason="libtpu, the TPU compiler, is not installed: requirements/tpu.txt"
-)
 
 
 @pytest.mark.slow
@@ -139,7 +135,6 @@ def test_slices_that_hold_a_count():
         target.devices("v5e", 999)
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 def test_traffic_end_to_end(tmp_path, capfd):

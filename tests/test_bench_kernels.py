@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from test_bench import needs_libtpu
 
 from attnres_jax import __main__
 from attnres_jax.bench import bundles, cost, grids, hlo, reads, roofline
@@ -134,7 +133,7 @@ def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
         made.append(case.kernel)
         return {"error": "the compiler refused"}
 
-    monkeypatch.setattr(roofline, "_traced", traced)
+    monkeypatch.setattr(roofline, "trace", traced)
     monkeypatch.setattr(roofline, "program", lambda case: programs[case.kernel])
     monkeypatch.setattr(roofline, "_measured", measured)
     monkeypatch.setattr(roofline.target, "devices", lambda *_: [None])
@@ -256,7 +255,6 @@ def test_a_slot_is_charged_as_an_array(direction, counted):
     assert of_slot.written == pytest.approx(of_array.written, rel=1e-6)
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 def test_roofline_end_to_end(tmp_path):

@@ -9,7 +9,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_bench import needs_libtpu
 
 from attnres_jax import __main__, configs
 from attnres_jax.bench import aot, fit, target
@@ -363,7 +362,6 @@ def compile_it(*words):
     return ran.returncode, ran.stdout, ran.stderr
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("more", ["", "--config.mesh.stage=2 --config.train.accumulation=4"])
@@ -387,7 +385,6 @@ def test_a_small_step_end_to_end(tmp_path, more):
     assert found["compile_memory"] > 1e8
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
@@ -425,7 +422,6 @@ print(json.dumps([
 """
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -445,7 +441,6 @@ def test_a_stage_s_cache_is_not_copied(remat, batch, length):
     assert not copies
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 def test_a_step_that_does_not_fit(tmp_path):
@@ -460,7 +455,6 @@ def test_a_step_that_does_not_fit(tmp_path):
     assert "compiled, fits" in said
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 def test_a_mesh_that_does_not_fit(tmp_path):

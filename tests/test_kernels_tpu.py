@@ -25,7 +25,7 @@ from pallas_kernels.depth_mix import config as mix_config
 from pallas_kernels.depth_mix import shapes as mix_shapes
 from pallas_kernels.depth_mix import tpu as mix
 
-EPS, NORM_EPS = 1e-6, 1e-5
+EPS, NORM_EPS = 0.1, 0.3  # as large as what they are added to: each is seen
 TOLERANCE = {"bfloat16": 5e-3, "float32": 2e-6}
 """Relative error against fp64, of what is rounded to the dtype; `SUMS`: of what stays fp32."""
 SUMS = {"bfloat16": 2e-5, "float32": 2e-6}
@@ -259,7 +259,7 @@ def test_a_chunk_in_its_slot(S, policy):
 def layers(params):
     """The norm as the value that a kernel fuses."""
     made = toys.layers(params)
-    return {k: layer._replace(norm=lambda p: RMSNorm(p["scale"], EPS)) for k, layer in made.items()}
+    return {k: layer._replace(norm=lambda p: RMSNorm(p["scale"], NORM_EPS)) for k, layer in made.items()}
 
 
 def loss(scheme, kinds, implementation):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import cluster
 import pytest
-from test_bench import needs_libtpu
 
 from attnres_jax.bench import target
 
@@ -407,7 +406,6 @@ jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, shard
 """
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "code"), [("", 0), ("--xla_no_such_flag=1", 1)])

@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from test_bench import needs_libtpu
 
 from attnres_jax.bench import target
 from attnres_jax.configs import ConfigError
@@ -75,7 +74,6 @@ assert [[d.slice_index for d in row] for row in made] == [[0, 0], [0, 0], [1, 1]
 """
 
 
-@needs_libtpu
 @pytest.mark.libtpu
 @pytest.mark.slow
 def test_real_slices():

@@ -99,7 +99,7 @@ def main(words: list[str]) -> int:
     device = target.devices(chip, 1)[0]
     for case in cases(args):
         try:
-            traced = _traced(case, device)
+            traced = trace(case, device)
             text = program(traced)
         except ValueError as refused:  # what the op says of sizes that it does not take
             traced, text = None, str(refused)
@@ -123,7 +123,7 @@ def _line(row):
     return f"{what} {row['cycles']:6} cycles, {row['ratio']:.2f} of DMA, {memory}, {took}"
 
 
-def _traced(case, device):
+def trace(case: Case, device: Any) -> Any:
     """The call of a kernel, traced for the chip. Raises `ValueError` of sizes that the op does not take."""
     import jax
 

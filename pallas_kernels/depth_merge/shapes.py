@@ -22,9 +22,11 @@ SHAPES = {
     "first_of_block": Shape(3, 256, 256, first=True),  # the sum is not read, its cotangent goes through
     "all_outputs": Shape(2, 128, 384, keep=True, add=True),
     "no_norm": Shape(2, 128, 256, norm=False, keep=True),
-    "odd_width": Shape(2, 128, 200),
+    "odd_width": Shape(2, 128, 1000),
+    "odd_and_wide": Shape(2, 16, 7186),
     "narrow": Shape(2, 128, 64),  # less than one register of lanes
     "odd_tokens": Shape(2, 63, 128, keep=True),
+    "many_odd_tokens": Shape(2, 8191, 128),
     "one_token": Shape(2, 1, 128, norm=False),
     "float32": Shape(2, 128, 256, dtype="float32"),
 }

@@ -32,7 +32,9 @@ SHAPES = {
     "many_reads": Shape(17, (3,), 128, 128),  # S is padded to 24
     "two_bodies": Shape(2, (3,), 128, 1152),  # of the backward loop, two groups each
     "odd_width": Shape(2, (3,), 128, 1000),
+    "odd_and_wide": Shape(2, (3,), 16, 7186),
     "odd_tokens": Shape(2, (3,), 63, 128, add=False),
+    "many_odd_tokens": Shape(1, (2,), 8191, 128),
     "one_token": Shape(1, (2,), 1, 128),
     "float32": Shape(2, (3,), 128, 256, dtype="float32"),
 }
