@@ -85,7 +85,7 @@ def single(w: Float[Array, " K"], v: Float[Array, "*tokens D"], rule: Rule, logi
 
 
 def merge(a: Partial, b: Partial, rule: Rule = RULE) -> Partial:
-    """Phase 2: the read over the sources of both. Commutes; an empty side has lse = -inf, or is zero."""
+    """Phase 2: the read over the sources of both, in a's dtype. An empty side has lse = -inf, or is zero."""
     dtype, width = a.mixture.dtype, a.mixture.shape[-1]
     first, second = (part.mixture.astype(compute_dtype(dtype)) for part in (a, b))
     if a.lse is None or b.lse is None:  # weights of a source that do not depend on the others

@@ -1,4 +1,4 @@
-"""AttnRes for Flax Linen: parameters, names and initialisers over `stack`, no maths."""
+"""AttnRes for Flax Linen: parameters, names and initialisers over `walk`, no maths."""
 
 from flax import linen
 from jaxtyping import Array, Float

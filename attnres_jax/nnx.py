@@ -1,4 +1,4 @@
-"""AttnRes for Flax NNX: parameters, names and initialisers over `stack`, no maths."""
+"""AttnRes for Flax NNX: parameters, names and initialisers over `walk`, no maths."""
 
 from flax import nnx
 from jaxtyping import Array, Float

@@ -81,8 +81,7 @@ def depth_merge(
         w, scale, j, first, at, logit = shared
         if chosen == "reference":
             one, done = take(done, j)
-            logit = jnp.asarray(0 if logit is None else logit, w.dtype)
-            logit = logit if first is None else jnp.where(first, -jnp.inf, logit)
+            logit = jnp.where(first is not None and first, -jnp.inf, 0 if logit is None else logit)
             mixture = depth.merge(one, depth.single(w, stream, rule, logit), rule).mixture
             return mixture if scale is None else RMSNorm(scale, norm_eps)(mixture), done, stream
         args = (w, scale, *done, stream, kept, None, at, j, first, rule.eps, norm_eps, False, chosen)

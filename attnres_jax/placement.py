@@ -19,17 +19,15 @@ class Placement:
 
     def enter(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """As a sublayer takes it: T whole, so that its matrices stay where they are (tensor parallel)."""
-        return self._inside(self._between(x))  # both, so that cotangents go the same way back
+        return self._cut(self._cut(x, 2), 1)  # both, so that cotangents go the same way back
 
     def leave(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """As it lies between sublayers (sequence parallel)."""
-        return self._between(self._inside(y))
+        return self._cut(self._cut(y, 1), 2)
 
-    def _between(self, x):
-        return lax.with_sharding_constraint(x, NamedSharding(_around(self.mesh), self.spec))
-
-    def _inside(self, x):
-        return lax.with_sharding_constraint(x, NamedSharding(_around(self.mesh), PartitionSpec(self.spec[0])))
+    def _cut(self, x, axes):
+        around, spec = _around(self.mesh), PartitionSpec(*self.spec[:axes])
+        return lax.with_sharding_constraint(x, NamedSharding(around, spec))
 
     def local(
         self, op: Callable, shared: Any, args: tuple, specs: tuple, out_specs: Any, typed: bool = True

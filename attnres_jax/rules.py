@@ -51,11 +51,10 @@ def scores(w: Float[Array, "*S K"], v: Float[Array, "*tokens D"], rule: Rule) ->
     v = v.astype(compute_dtype(v.dtype))[..., -w.shape[-1] :]
     w = w.astype(v.dtype).reshape(*w.shape[:-1], *[1] * (v.ndim - 1), w.shape[-1])
     rstd = lax.rsqrt(jnp.mean(v * v, -1) + jnp.asarray(rule.eps, v.dtype)) if rule.key_norm else jnp.ones(())
-    if rule.heads == 1:
-        return jnp.sum(w * v, -1) * rstd
     product = w * v
-    product = product.reshape(*product.shape[:-1], rule.heads, -1)
-    return jnp.sum(product, -1) * rstd[..., None]
+    if rule.heads == 1:
+        return jnp.sum(product, -1) * rstd
+    return jnp.sum(product.reshape(*product.shape[:-1], rule.heads, -1), -1) * rstd[..., None]
 
 
 def weigh(

@@ -35,8 +35,7 @@ class BlockSchedule:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Number of sources of each of the L + 1 reads; the last is the output read."""
-        inside = [1 + l // self.block_size + (l % self.block_size > 0) for l in range(self.sublayers)]
-        return (*inside, 1 + len(self.sizes))
+        return tuple(1 - -l // self.block_size for l in range(self.sublayers + 1))
 
     @cached_property
     def sources(self) -> np.ndarray:
@@ -44,9 +43,6 @@ class BlockSchedule:
 
         Output 0 is the embedding, output l that of the l-th sublayer. Unused sources are zero rows.
         """
-        table = np.zeros((self.sublayers + 1, max(self.counts), self.sublayers + 1), np.int8)
-        for read in range(self.sublayers + 1):
-            table[read, 0, 0] = 1
-            for output in range(1, read + 1):
-                table[read, 1 + (output - 1) // self.block_size, output] = 1
-        return table
+        output = np.arange(self.sublayers + 1)
+        of_source = np.arange(max(self.counts))[:, None] == -(-output // self.block_size)
+        return (of_source & (output <= output[:, None, None])).astype(np.int8)

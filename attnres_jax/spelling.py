@@ -21,14 +21,14 @@ def runs(seq: Any) -> Iterator[tuple[Any, int]]:
         seq = seq[period * repeats(period) :]
 
 
-def periods(kinds: str) -> Iterator[tuple[str, int]]:
+def periods(kinds: str) -> tuple[tuple[str, int], ...]:
     """`runs` of a block, but two turns of a pair are no loop: its ends would cost more than it saves."""
-    return ((p * 2, 1) if reps == 2 and len(p) <= 2 else (p, reps) for p, reps in runs(kinds))
+    return tuple((p * 2, 1) if reps == 2 and len(p) <= 2 else (p, reps) for p, reps in runs(kinds))
 
 
-def starts(kinds: str, begins: Any = True, cut_up: Any = periods) -> Any:
+def starts(spans: tuple, begins: Any = True) -> Any:
     """`begins` as `Scheme.open` takes it: True only where the first sublayer is not one of a loop."""
-    return begins if next(iter(cut_up(kinds)))[1] == 1 else jnp.asarray(begins)
+    return begins if spans[0][1] == 1 else jnp.asarray(begins)
 
 
 def belonging(kinds, at, span, whole):
@@ -39,10 +39,10 @@ def belonging(kinds, at, span, whole):
     }
 
 
-def segments(kinds, own, cut_up=periods):
+def segments(spans, own):
     """For each period and each sublayer of it, the slot and share, [reps, ...]."""
-    found, at = [], 0
-    for period, reps in cut_up(kinds):
+    found, at, kinds = [], 0, "".join(period * reps for period, reps in spans)
+    for period, reps in spans:
         slots, shares = fold(belonging(kinds, at, period * reps, own), reps)
         places = [(j, k, period[:j].count(k)) for j, k in enumerate(period)]
         found.append([(_at(slots, j), _at(shares[k], i)) for j, k, i in places])
@@ -74,14 +74,14 @@ def stack(trees):
     return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
-def by_kind(kinds, ys, lead=0, cut_up=periods):
+def by_kind(spans, ys, lead=0):
     """Aux of each period and sublayer of it, [*lead, reps, ...], as kind -> [*lead, n, ...]."""
 
     def merge(*a):
         return jnp.stack(a, lead + 1).reshape(*a[0].shape[:lead], -1, *a[0].shape[lead + 1 :])
 
     parts = []
-    for (period, _), y in zip(cut_up(kinds), ys, strict=True):
+    for (period, _), y in zip(spans, ys, strict=True):
         of = {k: [a for a, kind in zip(y, period, strict=True) if kind == k] for k in period}
         parts.append({k: jax.tree.map(merge, *v) for k, v in of.items()})
     return join(parts, lead)

@@ -1,6 +1,6 @@
 """The loop over depth: `through_depth`, for stacked layers.
 
-Blocks that repeat are compiled once (`append_scan`), and inside a block what comes more than twice. Kept for
+Blocks that repeat are compiled once (`append_scan`), inside a block what `spelling.periods` says. Kept for
 the backward pass are the stream before each sublayer and the summaries; the caller's policy rules the rest.
 """
 
@@ -22,7 +22,7 @@ from attnres_jax.autodiff import Block, append_scan, reverse_only, taking
 from attnres_jax.choice import refuse
 from attnres_jax.depth import Rows
 from attnres_jax.placement import Placement
-from attnres_jax.residuals.base import Mix, Norm, PyTree, Scheme
+from attnres_jax.residuals.base import Mix, Norm, PyTree, Scheme, summand
 from attnres_jax.walk import Record, check_mix, start
 
 policies = jax.checkpoint_policies
@@ -76,6 +76,7 @@ def through_depth(
     """
     spelling.check_layers(kinds, layers)
     check_mix(scheme, mix, len(kinds), x)
+    implementation, placement = implementation or scheme.implementation, placement or scheme.placement
     refuse(implementation, scheme.no_kernel if mix.sublayers else None)
     scheme = replace(scheme, implementation=implementation, placement=placement)
     if placement:
@@ -129,7 +130,7 @@ def _scanned(scheme, mix, kinds, layers, shares, x, policy):
         for some, times in [(blocks, reps)] if scan else [([b], 1) for b in blocks * reps]:
             own = partial(spelling.belonging, kinds, at, "".join(some) * times)
             if scan:
-                history, aux = _repeat(scheme, steps, some, times, policy, own(whole), history)
+                history, aux = _repeat(scheme, steps, some, times, policy, *own(whole), history)
             else:
                 history, aux = _once(scheme, steps, some[0], policy, own, whole, history)
             parts.append(aux)
@@ -146,16 +147,14 @@ def sublayer(scheme, layer):
         slot, (params, inputs) = own
         read = scheme.read(slot, history, stream, layer.norm(params), row)
         y, aux = layer.apply(params, read.x, inputs)
-        y = y.astype(jnp.promote_types(y.dtype, jax.tree.leaves(history)[0].dtype))  # it may begin the sum
-        return read.history, scheme.write(slot, read.stream, y), aux
+        return read.history, scheme.write(slot, read.stream, summand(y, history)), aux
 
     return step
 
 
-def _repeat(scheme, steps, blocks, reps, policy, own, history):
+def _repeat(scheme, steps, blocks, reps, policy, mix, shares, history):
     """`reps` times the same blocks over an append-only history: one body, one array of rows."""
     steps = {k: taking(k, s, policy) for k, s in steps.items()}
-    mix, shares = own
     places = {k: jnp.arange("".join(blocks).count(k) * reps) for k in shares}
 
     def split(own):
@@ -165,15 +164,15 @@ def _repeat(scheme, steps, blocks, reps, policy, own, history):
     def block(kinds):
         def start(rows, n, own):
             slots, history = scheme.open(own[0], (Rows(rows, n),), begins)
-            return history, scheme.begin(history, begins), spelling.segments(kinds, (slots, own[1]))
+            return history, scheme.begin(history, begins), spelling.segments(spans, (slots, own[1]))
 
-        begins, periods = spelling.starts(kinds), spelling.periods(kinds)
-        return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in periods))
+        begins = spelling.starts(spans := spelling.periods(kinds))
+        return Block(start, tuple((tuple(steps[k] for k in period), times) for period, times in spans))
 
     parts, rows = [block(b) for b in blocks], jnp.concatenate([r.array for r in history])
     room = jnp.pad(rows, [(0, len(blocks) * reps)] + [(0, 0)] * (rows.ndim - 1))
     rows, ys = append_scan(parts, split, room, len(rows), spelling.fold((mix, places), reps), shares)
-    aux = [spelling.by_kind(*pair, 1) for pair in zip(blocks, ys, strict=True)]
+    aux = [spelling.by_kind(spelling.periods(b), y, 1) for b, y in zip(blocks, ys, strict=True)]
     return (Rows(rows),), spelling.unfold(spelling.join(aux, 1))
 
 
@@ -182,22 +181,23 @@ def _once(scheme, steps, kinds, policy, own, whole, history):
     append-only history already held is not an output, or it would be kept twice."""
     held = len(history) if scheme.append_only else 0
     steps = {k: jax.checkpoint(step, policy=policy, prevent_cse=False) for k, step in steps.items()}
+    spans = spelling.periods(kinds)
 
     def block(history, whole):
-        (mix, shares), begins = own(whole), spelling.starts(kinds)
+        (mix, shares), begins = own(whole), spelling.starts(spans)
         slots, history = scheme.open(mix, history, begins)
         stream = scheme.begin(history, begins)
-        history, stream, ys = sublayers(steps, kinds, history, stream, (slots, shares))
+        history, stream, ys = sublayers(steps, spans, history, stream, (slots, shares))
         after = scheme.close(history, stream)
-        return after[held:] if held else after, spelling.by_kind(kinds, ys)
+        return after[held:] if held else after, spelling.by_kind(spans, ys)
 
     policy = policies.save_from_both_policies(policies.save_only_these_names("stream"), policy)
     after, aux = jax.checkpoint(block, policy=policy)(history, whole)
     return (*history, *after) if held else after, aux
 
 
-def sublayers(steps, kinds, history, stream, own, cut_up=spelling.periods):
-    """The sublayers of one block, scanned as `cut_up` says. The stream before each is what is kept."""
+def sublayers(steps, spans, history, stream, own):
+    """The sublayers of one block, scanned as `spans` say. The stream before each is what is kept."""
 
     def body(stream, values, period, history, begins=False):
         ys = []
@@ -209,7 +209,7 @@ def sublayers(steps, kinds, history, stream, own, cut_up=spelling.periods):
         return stream, ys, history
 
     ys = []
-    for (period, reps), values in zip(cut_up(kinds), spelling.segments(kinds, own, cut_up), strict=True):
+    for (period, reps), values in zip(spans, spelling.segments(spans, own), strict=True):
         if reps > 1:
             stream, y = lax.scan(lambda s, v, p=period, h=history: body(s, v, p, h)[:2], stream, values)
         else:

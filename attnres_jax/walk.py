@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnres_jax.residuals.base import Mix, Norm, PyTree, Read, Scheme
+from attnres_jax.residuals.base import Mix, Norm, PyTree, Read, Scheme, summand
 from attnres_jax.spelling import cut
 
 
@@ -37,12 +37,11 @@ class Depth:
     def write(self, y: Float[Array, "B T D"]) -> "Depth":
         """After the sublayer's output `y`; closes its block when it was the last of it."""
         self._check(self.slots, "one more wrote")
-        y = y.astype(jnp.promote_types(y.dtype, jax.tree.leaves(self.history)[0].dtype))  # may begin the sum
-        stream = self.scheme.write(self.slots[0], self.stream, y)
+        stream = self.scheme.write(self.slots[0], self.stream, summand(y, self.history))
         after = replace(self, at=self.at + 1, slots=self.slots[1:], stream=stream)
-        return (
-            after if after.slots else replace(after, history=self.scheme.close(self.history, stream))._open()
-        )
+        if after.slots:
+            return after
+        return replace(after, history=self.scheme.close(self.history, stream))._open()
 
     def finish(self) -> Read:
         """The output read, which the final norm and the head take."""
@@ -71,14 +70,13 @@ def start(scheme: Scheme, mix: Mix, sublayers: int, x: Float[Array, "B T D"]) ->
 
 def check_mix(scheme: Scheme, mix: Mix, sublayers: int, x: Array) -> None:
     """Raises `ValueError` where the embedding or the parameters do not fit the scheme."""
-    if jnp.ndim(x) != 3:
-        raise ValueError(f"x must be [batch, time, width], got shape {jnp.shape(x)}")
-    want = jax.eval_shape(lambda: scheme.init(sublayers, x.shape[-1]))
-    if jax.tree.map(jnp.shape, mix) != jax.tree.map(jnp.shape, want):
-        raise ValueError(
-            f"mix has shapes {jax.tree.map(jnp.shape, mix)}, but {scheme} over {sublayers} sublayers of "
-            f"width {x.shape[-1]} has {jax.tree.map(jnp.shape, want)}"
-        )
+    if jnp.ndim(x) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floats [batch, time, width], got {x.dtype}, shape {jnp.shape(x)}")
+    made = jax.eval_shape(lambda: scheme.init(sublayers, x.shape[-1]))
+    got, want = (jax.tree.map(jnp.shape, tree) for tree in (mix, made))
+    if got != want:
+        model = f"{scheme} over {sublayers} sublayers of width {x.shape[-1]}"
+        raise ValueError(f"mix has shapes {got}, but {model} has {want}")
 
 
 class Record(NamedTuple):

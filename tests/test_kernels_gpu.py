@@ -29,7 +29,7 @@ from pallas_kernels.depth_mix.gpu_tiles import Shape
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 RACES = plgpu.InterpretGPUParams(detect_races=True)
-EPS, NORM_EPS = 1e-6, 1e-5
+EPS, NORM_EPS = 0.1, 0.3  # as large as what they are added to: each is seen
 
 
 def wide(a):
@@ -87,6 +87,8 @@ def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
     """Values and gradients of one read; j and first are traced."""
     dtype = a.stream.dtype.type
     ROUND[0] = dtype
+    if first:  # nothing is read
+        a.streams = jnp.full_like(a.streams, jnp.nan)
     options |= {"eps": EPS, "norm_eps": NORM_EPS}
 
     @jit
@@ -134,7 +136,7 @@ def check_merge(backend, a, j, first, keep, jit=jax.jit, **options):
 MERGE = [  # tokens, D, S, dtype, norm, y, j, first, keep
     pytest.param(4, 512, 3, BF16, True, False, 1, False, False, id="read"),
     pytest.param(3, 512, 3, BF16, True, True, 2, False, True, id="add and keep", marks=pytest.mark.slow),
-    pytest.param(3, 256, 3, BF16, True, True, 1, True, True, id="first"),
+    pytest.param(3, 256, 3, BF16, True, False, 1, True, True, id="first"),
     pytest.param(
         1, 256, 1, BF16, False, False, 0, False, True, id="no norm, one token", marks=pytest.mark.slow
     ),

@@ -15,12 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 from attnres_jax import depth, ops
 from attnres_jax.depth import Partial, Rows
 from attnres_jax.norm import RMSNorm
+from attnres_jax.parallel import mesh
 from attnres_jax.parallel.chunk import Chunked
 from attnres_jax.parallel.timetable import Chunks
 from attnres_jax.rules import Rule
 from pallas_kernels.depth_merge import config as merge_config
 from pallas_kernels.depth_merge import shapes as merge_shapes
 from pallas_kernels.depth_merge import tpu as merge
+from pallas_kernels.depth_merge import vjp as merge_op
 from pallas_kernels.depth_mix import config as mix_config
 from pallas_kernels.depth_mix import shapes as mix_shapes
 from pallas_kernels.depth_mix import tpu as mix
@@ -114,6 +116,28 @@ def test_depth_mix(shape):
         close(d_w, want_w, SUMS[shape.dtype])
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_what_is_copied(n, monkeypatch):
+    """Of four rows the n visible ones, each once: forward the sources; backward these, the sums so far and
+    what they become. A row beyond n moves no bytes."""
+    moved, read = [], interpret_pallas_call.DMA.execute_read
+
+    def counted(dma):
+        begins = dma.state == interpret_pallas_call.DmaState.STARTED
+        read(dma)
+        moved.extend([dma.data.size] * begins)
+
+    monkeypatch.setattr(interpret_pallas_call.DMA, "execute_read", counted)
+    shape = mix_shapes.Shape(2, (4,), 128, 128, n=n)
+    w, v, d = drawn(shape, ((2, 128), "float32"), ((4, 128, 128), None), ((2, 128, 128), None))
+    out = jax.block_until_ready(mix.forward(w, (v,), (jnp.int32(n),), eps=EPS))
+    assert sum(moved) == n * 128 * 128
+    moved.clear()
+    after = out.lse, out.stats, d, jnp.zeros_like(out.lse), (v,)
+    jax.block_until_ready(mix.backward(w, (v,), (jnp.int32(n),), *after, eps=EPS))
+    assert sum(moved) == 3 * n * 128 * 128
+
+
 @rows(merge_shapes.SHAPES)
 def test_depth_merge(shape):
     S, T, D, j = shape.S, shape.tokens, shape.D, 1
@@ -192,7 +216,56 @@ def test_two_cores(monkeypatch):
     test_depth_merge(merge_shapes.SHAPES["first_of_block"])
 
 
-# Through the dispatcher ---------------------------------------------------------------------------
+# Through the op and the dispatcher ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_output_that_is_added_first():
+    """`y` and the mixture, through the op: the cotangent of `y` is that of the sum, which goes on."""
+    shape = merge_shapes.SHAPES["float32"]
+    p, y, o = drawn(shape, ((8, 128), None), ((8, 128), None), ((2, 8, 128), None))
+    w, scale, lse = drawn(shape, ((128,), None), ((128,), None), ((2, 8), None))
+    args = (w / 11, 1 + 0.3 * scale, o, lse, p, y)
+
+    def total(x, h, stream):
+        return jnp.sum(x**3) + jnp.sum(h**2) + jnp.sum(jnp.sin(stream))
+
+    def by_kernel(w, scale, o, lse, p, y):
+        x, h, stream, *_ = merge_op.depth_merge(
+            w, scale, o, lse, p, None, y, None, 1, None, EPS, NORM_EPS, True, "tpu"
+        )
+        return total(x, h, stream)
+
+    def by_equations(w, scale, o, lse, p, y):
+        stream = p + y
+        h = depth.merge(Partial(o[1], lse[1]), depth.single(w, stream, Rule(EPS))).mixture
+        return total(RMSNorm(scale, NORM_EPS)(h), h, stream)
+
+    with jax.enable_x64():
+        want = jax.grad(by_equations, range(6))(*wide(args))
+    for got, exact in zip(jax.grad(by_kernel, range(6))(*args), want, strict=True):
+        close(got, exact, 2e-6)
+
+
+@pytest.mark.slow
+def test_on_several_devices():
+    """Rows and time cut over four: values and gradients of both phases."""
+    place = mesh.placement(mesh.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]))
+    w, scale, v = drawn(
+        mix_shapes.SHAPES["float32"], ((2, 128), None), ((128,), None), ((3, 2, 16, 128), None)
+    )
+
+    def read(w, scale, v, implementation, placement):
+        how = {"rule": Rule(EPS), "implementation": implementation, "placement": placement}
+        done, _ = ops.depth_mix(w / 11, (Rows(v[:2]),), **how)
+        x, done, p = ops.depth_merge(
+            w[1] / 11, done, v[2], jnp.int32(1), jnp.bool(False), norm=RMSNorm(scale, NORM_EPS), **how
+        )
+        return jnp.sum(x**3) + jnp.sum(done.mixture[0] ** 2) + jnp.sum(done.lse) + jnp.sum(p), x
+
+    gradients = jax.jit(jax.grad(read, range(3), has_aux=True), static_argnums=(3, 4))
+    got, want = gradients(w, scale, v, "tpu", place), gradients(w, scale, v, "reference", None)
+    jax.tree.map(lambda g, w: close(g, w, 2e-6), got, want)
 
 
 @pytest.mark.slow

@@ -5,11 +5,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from attnres_jax.bench import target
 from attnres_jax.configs import ConfigError
 from attnres_jax.parallel import mesh
+from attnres_jax.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,24 @@ def test_data_must_be_whole_on_every_slice():
         mesh.make_mesh({"data": 1, "fsdp": 8}, two_slices())
     with pytest.raises(ConfigError, match=r"mesh\.data = 4 must be a multiple of the 3 slices"):
         mesh.make_mesh({"data": 4, "fsdp": 3}, [Device(i, i % 3) for i in range(12)])
+
+
+@pytest.mark.parametrize("wanted", [{"data": 0}, {"data": -2, "fsdp": -1}, {"dta": 2}])
+def test_sizes_that_are_none(wanted):
+    axis = next(iter(wanted))
+    with pytest.raises(ConfigError, match=rf"mesh\.{axis} = .*: axes are stage, data, .*, sizes from 1 on"):
+        mesh.sizes(wanted, 4)
+
+
+@pytest.mark.parametrize("spec", [P(), P("data"), P("data", "tensor")], ids=str)
+def test_a_placement_of_any_axes(spec):
+    """Entering and leaving a sublayer: T whole inside, as the spec has it outside; what it does not name is
+    whole."""
+    made = mesh.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    place, x = Placement(made, spec), jnp.ones((2, 4, 8))
+    inside, outside = jax.jit(lambda x: (place.enter(x), place.leave(x)))(x)
+    assert inside.sharding.is_equivalent_to(NamedSharding(made, P(*spec[:1])), 3)
+    assert outside.sharding.is_equivalent_to(NamedSharding(made, spec), 3)
 
 
 @pytest.mark.parametrize("slice_index", [0, 7])

@@ -379,6 +379,19 @@ def test_groups_and_decay():
     assert all(row.group in ("matrix", "head") for row in table if row.decay)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 20, "heads": 3}, "width 20 must be heads of even width"),
+        ({"width": 18, "heads": 6}, "width 18 must be heads of even width"),
+        ({"heads": 4, "kv_heads": 3}, "heads whole groups of kv_heads: got heads 4, kv_heads 3"),
+    ],
+)
+def test_sizes_that_do_not_fit_raise(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
 def test_a_parameter_without_a_rule_raises():
     model = abstract(SMALL)
     model.layers["a"].gain = nnx.Param(jax.ShapeDtypeStruct((3, 16), jnp.float32))

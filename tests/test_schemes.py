@@ -1,10 +1,12 @@
 """Every residual scheme: M v = h, its rank, scanned as literal, gradients at depth."""
 
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -12,6 +14,9 @@ import toys
 
 from attnres_jax import residuals
 from attnres_jax.analysis import matrix, ranks
+from attnres_jax.residuals import Mix
+from attnres_jax.residuals.base import Appending, Read
+from attnres_jax.stack import Layer, through_depth
 
 KINDS = "amkmamkmk"
 D = 8
@@ -202,6 +207,55 @@ def test_a_kernel_where_there_is_none_is_refused(name):
         toys.run(scheme, KINDS, toy, implementation="tpu")
     with pytest.raises(ValueError, match="must be None or one of"):
         toys.run(scheme, KINDS, toy, implementation="tqu")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("hc", "streams"), ("ddl", "streams"), ("mhc", "sinkhorn"), ("window", "window")]
+)
+def test_a_size_below_one_is_refused(name, option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        residuals.make(name, **{option: 0})
+
+
+@every
+def test_parameters_can_be_donated(name):
+    """Each is an array of its own."""
+    arrays = jax.tree.leaves(make(name).init(len(KINDS), D))
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+
+
+@dataclass(frozen=True)
+class Newest(Appending):
+    """A user's: reads the last row alone; `open` is the default."""
+
+    def init(self, sublayers, width):
+        return Mix({}, {})
+
+    def begin(self, history, begins=True):
+        return jnp.zeros_like(history[0].array[0])
+
+    def read(self, slot, history, stream, norm, row=None):
+        rows = history[-1]
+        last = rows.array[-1] if rows.n is None else rows.array[rows.n - 1]
+        return Read(norm(last), last, None, history, stream)
+
+    def write(self, slot, stream, y):
+        return stream + y
+
+    def finish(self, mix, history):
+        last = history[-1].array[-1]
+        return Read(last, last, None)
+
+
+def test_a_user_s_scheme_on_rows_runs_in_loops_and_unrolled():
+    scheme, x = Newest(), jax.random.normal(jax.random.key(0), (1, 2, D))
+    layers = {"a": Layer(lambda _: lambda h: h, lambda p, x, _: (jnp.tanh(p * x), None), jnp.arange(1.0, 5))}
+    want = x
+    for p in range(1, 5):
+        want = jnp.tanh(p * want)
+    for implementation in (None, "reference"):
+        got = through_depth(scheme, Mix({}, {}), "aaaa", layers, x, implementation=implementation).h
+        np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_a_scheme_of_another_depth_is_refused():

@@ -1,5 +1,6 @@
 """Whole stacks against the fp64 oracle, and everything `through_depth` carries beside the stream."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 import toys
 
 from attnres_jax.autodiff import Block, append_scan
+from attnres_jax.residuals import AttnRes
 from attnres_jax.stack import Layer, through_depth
-from attnres_jax.walk import start
+from attnres_jax.walk import check_mix, start
 
 # name: (scheme, block size, kinds, network shape)
 CELLS = {
@@ -274,6 +276,40 @@ def test_errors_name_what_is_wrong():
         toys.run(scheme, "amam", toy, implementation="kernel")
     with pytest.raises(ValueError, match="block_size"):
         toys.run(toys.make("block", 5), "amam", toy)
+    with pytest.raises(ValueError, match=r"x must be floats \[batch, time, width\], got int32"):
+        check_mix(scheme, scheme.init(4, 8), 4, jnp.ones((1, 2, 8), "int32"))
+
+
+@pytest.mark.parametrize("scheme", [toys.make("plain", 2), toys.make("block", 2), toys.make("block", 4)])
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda y: y[..., :1], r"float32\[2, 3, 1\]"),
+        (lambda y: y.astype("float64"), r"float64\[2, 3, 8\]"),
+    ],
+    ids=["one channel", "wider"],
+)
+def test_an_output_that_is_not_as_the_stream_is(scheme, change, got):
+    """It would be broadcast, or cut: an error, in the loop and in the walk."""
+    x, norm = jnp.ones((2, 3, 8)), lambda h: h
+    mix = scheme.init(4, 8)
+
+    def apply(_, x, __):
+        return change(x), None
+
+    with jax.enable_x64(), pytest.raises(ValueError, match=rf"y must be as x, float32\[2, 3, 8\], got {got}"):
+        through_depth(scheme, mix, "aaaa", {"a": Layer(lambda _: norm, apply, jnp.ones(4))}, x)
+    with jax.enable_x64(), pytest.raises(ValueError, match=rf"y must be as x, float32\[2, 3, 8\], got {got}"):
+        start(scheme, mix, 4, x).write(change(x))
+
+
+def test_what_a_scheme_says_itself_is_heard():
+    """Its own implementation, where the call names none; and S by position."""
+    scheme = toys.make("block", 2)
+    toy = toys.cast(toys.toy(scheme, "amam"), "float32")
+    with pytest.raises(ValueError, match="nonsense"):
+        toys.run(replace(scheme, implementation="nonsense"), "amam", toy)
+    assert AttnRes(4) == AttnRes(block_size=4)
 
 
 @pytest.mark.slow

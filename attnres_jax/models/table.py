@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Those of other residual schemes are told by the scheme (`Scheme.axes`).
 # (path, axes of style.md without the stack's, optimizer group); every parameter matches exactly one.
+# Those of other residual schemes are told by the scheme (`Scheme.axes`).
 # "D>HK" is a matrix that sums over D and gives H and K.
 RULES = (
     (r"embed/embedding", "VD", "embedding"),

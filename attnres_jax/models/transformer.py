@@ -20,7 +20,8 @@ from attnres_jax.norm import RMSNorm
 from attnres_jax.placement import Placement
 from attnres_jax.residuals import Scheme
 from attnres_jax.residuals.base import Mix
-from attnres_jax.stack import DepthOutput, Layer, start, through_depth
+from attnres_jax.stack import DepthOutput, Layer, through_depth
+from attnres_jax.walk import start
 
 KINDS = {"a": Attention, "m": SwiGLU}
 REMAT = {
@@ -60,6 +61,13 @@ class ModelConfig:
     streams: int = 4
     sinkhorn: int = 20
     window: int = 8
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError(
+                f"width {self.width} must be heads of even width, heads whole groups of kv_heads: got "
+                f"heads {self.heads}, kv_heads {self.kv_heads}"
+            )
 
     @property
     def kinds(self) -> str:

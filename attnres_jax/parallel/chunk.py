@@ -149,7 +149,8 @@ class Chunked:
         block, running = at(segment.block, c) + (0 if base is None else base), at(segment.runs, c)
         # Where it does not run, nothing stays of it: as if a block began, so that S = 1 goes on with none.
         begins = at(tuple(not r or b for r, b in zip(segment.runs, segment.begins, strict=True)), c)
-        known, begins = begins is True, starts(kinds, begins, runs)
+        known, spans = begins is True, self._spans(segment)
+        begins = starts(spans, begins)
         mix, shares = belonging(self.longest, segment.first, kinds, own)
         places = {k: jnp.arange(kinds.count(k)) for k in shares}
         (found,), rows = window(rows, block, 1)
@@ -160,7 +161,7 @@ class Chunked:
             stream = scheme.begin(history, begins)
             if not known:
                 stream = select(begins, stream, found)
-            return history, stream, segments(kinds, (slots, own[1]), runs)
+            return history, stream, segments(spans, (slots, own[1]))
 
         def step(kind):
             one = stack.sublayer(scheme, layers[kind])
@@ -169,8 +170,7 @@ class Chunked:
             return taking(kind, alone, self.policy)
 
         steps = {k: step(k) for k in set(kinds)}
-        # Loops, also of two turns (`spelling.periods`): over a whole one XLA lets a message travel.
-        parts = tuple((tuple(steps[k] for k in some), n) for some, n in runs(kinds))
+        parts = tuple((tuple(steps[k] for k in some), n) for some, n in spans)
         xs = fold((mix, places), 1)
         # `append_scan` leaves a used cotangent where it writes: cleared here, no part of what was found.
         rows = put(rows, lax.stop_gradient(found), block)
@@ -180,7 +180,7 @@ class Chunked:
         if running is not True:
             (new,), rows = window(rows, block, 1)
             rows = put(rows, select(running, new, found), block)
-        return rows, self._penalty(running, kinds, jax.tree.map(lambda a: a[0], ys))
+        return rows, self._penalty(running, segment, jax.tree.map(lambda a: a[0], ys))
 
     def _slots(self, rows):
         """Units by slot of the cache, in one of which reads take them where they lie."""
@@ -200,9 +200,7 @@ class Chunked:
             return Kept(self.scheme.close(history, stream)[-1].array[0], stream), ys
 
         new, ys = jax.checkpoint(run, policy=self._kept)(own, rows)
-        return put(rows, select(running, new, found), block), self._penalty(
-            running, self.longest[segment.first : segment.last], ys
-        )
+        return put(rows, select(running, new, found), block), self._penalty(running, segment, ys)
 
     def _whole(self, layers, segment, own, rows, c):
         """A segment of a history that is one unit, which it makes anew."""
@@ -212,9 +210,7 @@ class Chunked:
             return self.scheme.close(history, stream), ys
 
         (new, ys), running = jax.checkpoint(run, policy=self._kept)(own, rows), at(segment.runs, c)
-        return select(running, put(rows, new, 0), rows), self._penalty(
-            running, self.longest[segment.first : segment.last], ys
-        )
+        return select(running, put(rows, new, 0), rows), self._penalty(running, segment, ys)
 
     def _through(self, layers, segment, own, history, begins, begun):
         """History, stream and outputs after the sublayers of a segment, as `stack.sublayers` runs them."""
@@ -224,10 +220,15 @@ class Chunked:
             k: jax.checkpoint(stack.sublayer(scheme, layers[k]), policy=self.policy, prevent_cse=False)
             for k in set(kinds)
         }
-        begins = starts(kinds, begins, runs)
+        spans = self._spans(segment)
+        begins = starts(spans, begins)
         slots, history = scheme.open(mix, history, begins)
         stream = begun(scheme.begin(history, begins))
-        return stack.sublayers(steps, kinds, history, stream, (slots, shares), runs)
+        return stack.sublayers(steps, spans, history, stream, (slots, shares))
+
+    def _spans(self, segment):
+        """Loops, also of two turns (`spelling.periods`): over a whole one XLA lets a message travel."""
+        return tuple(runs(self.longest[segment.first : segment.last]))
 
     @property
     def _kept(self):
@@ -235,10 +236,10 @@ class Chunked:
         policies = jax.checkpoint_policies
         return policies.save_from_both_policies(policies.save_only_these_names("stream"), self.policy)
 
-    def _penalty(self, running, kinds, ys):
+    def _penalty(self, running, segment, ys):
         if self.penalty is None:
             return jnp.float32(0)
-        return jnp.where(running, self.penalty(by_kind(kinds, ys, cut_up=runs)), 0)
+        return jnp.where(running, self.penalty(by_kind(self._spans(segment), ys)), 0)
 
 
 def apart(scheme: Scheme) -> bool:

@@ -33,6 +33,9 @@ def sizes(wanted: Mapping[str, int], count: int) -> dict[str, int]:
     Raises:
       ConfigError: where they do not fit, with sizes that would.
     """
+    for axis, size in wanted.items():
+        if axis not in AXES or (size < 1 and size != REST):
+            raise ConfigError(f"mesh.{axis} = {size}: axes are {_names(AXES)}, sizes from 1 on, or {REST}")
     fixed = {axis: size for axis, size in wanted.items() if size != REST}
     used = math.prod(fixed.values())
     rest = [axis for axis in wanted if axis not in fixed]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -237,7 +237,8 @@ class _Run:
         self.batch = batch
         own = jax.tree.map(lambda a: a.reshape(self.V, -1, *a.shape[1:]), parts.layers)
         self.parts = parts._replace(layers=own, unembedding=parts.unembedding[..., 0])
-        self.unit = jax.eval_shape(lambda: self._embedded(self._micro(0)))
+        embed, first = self.model.embed, self.chunked.first
+        self.unit = jax.eval_shape(lambda: first(embed(self.parts.table, self._micro(0))))
 
     def train(self) -> tuple[Any, Parts]:
         ahead, both, behind = self.table.phases
@@ -254,7 +255,7 @@ class _Run:
         return self._found(state), d._replace(**of_all)
 
     def evaluate(self) -> Any:
-        state = self._start(min(self.M, self.P), False)
+        state = self._start(self.P, False)
         state = self._ticks(state, 0, self.table.units + self.P - 1, True, False, self._headed)
         return self._found(state)
 
@@ -269,7 +270,7 @@ class _Run:
             state = after(state, t) if after else state
             return self._placed(state), None
 
-        return lax.scan(tick, state, jnp.arange(first, last))[0] if last > first else state
+        return lax.scan(tick, state, jnp.arange(first, last))[0]
 
     def _start(self, slots, trains):
         total = jax.eval_shape(self._head_of_nothing)
@@ -362,13 +363,11 @@ class _Run:
     def _head(self, state, t):
         """Output read, norm and head of the microbatch that the last chunk has just left, if one has: that is
         a matter of the tick alone, so all stages take the same branch, and compute 1/P of it each."""
-        now = self._unit(self.table.forward, t, self.P - 1)
-        micro = self._micro(now.m)
-        over = self.parts.mix.output, self.parts.last, self.parts.unembedding
+        ends, head, over = self._ending(t)
 
         def run():
             def objective(over, rows):
-                found, rows = self._headed_once(over, rows, now, micro)
+                found, rows = head(over, rows)
                 return (found[0], rows), found
 
             (value, _), pull, found = jax.vjp(objective, over, state.cache, has_aux=True)
@@ -377,7 +376,7 @@ class _Run:
         def idle():
             return *jax.tree.map(jnp.zeros_like, (state.total, over)), state.d_cache
 
-        found, (d_mix, d_last, d_unembedding), d_cache = lax.cond(now.live & (now.v == self.V - 1), run, idle)
+        found, (d_mix, d_last, d_unembedding), d_cache = lax.cond(ends, run, idle)
         sums = state.gradient
         add = partial(jax.tree.map, lambda a, g: a + g.astype(a.dtype))
         gradient = sums._replace(
@@ -391,27 +390,28 @@ class _Run:
 
     def _headed(self, state, t):
         """The same, of a forward pass alone."""
-        now = self._unit(self.table.forward, t, self.P - 1)
-        micro = self._micro(now.m)
-        over = self.parts.mix.output, self.parts.last, self.parts.unembedding
-        found = lax.cond(
-            now.live & (now.v == self.V - 1),
-            lambda: self._headed_once(over, state.cache, now, micro)[0],
-            lambda: jax.tree.map(jnp.zeros_like, state.total),
-        )
+        ends, head, over = self._ending(t)
+        nothing = partial(jax.tree.map, jnp.zeros_like, state.total)
+        found = lax.cond(ends, lambda: head(over, state.cache)[0], nothing)
         return state._replace(total=jax.tree.map(jnp.add, state.total, found))
 
-    def _headed_once(self, over, rows, now, micro):
-        (mix, last, unembedding), (_, base) = over, self._place(rows, now)
-        h, rows = self.chunked.finish(mix, rows, base)
-        own = jnp.where(self.stage == self.P - 1, h, 0)  # on the others it is not the last
-        wide = lax.psum(own.astype(compute_dtype(h.dtype)), STAGE)  # so that cotangents are summed in fp32
-        return self.model.head(last, unembedding, wide.astype(h.dtype), micro), rows
+    def _ending(self, t):
+        """Whether a microbatch leaves the last chunk in tick `t`, its head, and the parameters of that."""
+        now, parts = self._unit(self.table.forward, t, self.P - 1), self.parts
+        micro = self._micro(now.m)
+
+        def head(over, rows):
+            (mix, last, unembedding), (_, base) = over, self._place(rows, now)
+            h, rows = self.chunked.finish(mix, rows, base)
+            own = jnp.where(self.stage == self.P - 1, h, 0)  # on the others it is not the last
+            wide = lax.psum(own.astype(compute_dtype(h.dtype)), STAGE)  # cotangents are summed in fp32
+            return self.model.head(last, unembedding, wide.astype(h.dtype), micro), rows
+
+        return now.live & (now.v == self.V - 1), head, (parts.mix.output, parts.last, parts.unembedding)
 
     def _head_of_nothing(self):
-        over = self.parts.mix.output, self.parts.last, self.parts.unembedding
-        now = self._unit(self.table.forward, self.P - 1, self.P - 1)
-        return self._headed_once(over, self._room(2 * self.cache.rows), now, self._micro(0))[0]
+        _, head, over = self._ending(self.P - 1)
+        return head(over, self._room(2 * self.cache.rows))[0]
 
     def _unit(self, entries, t, stage) -> _Unit:
         """What `stage` runs in tick `t` by one of the timetable's tables."""
@@ -434,9 +434,6 @@ class _Run:
         """Whether row 0 is the embedding: on every stage, or where the history is one unit, at chunk 0."""
         return now.v == 0 if self.chunked.apart else now.c == 0
 
-    def _embedded(self, micro):
-        return self.chunked.first(self.model.embed(self.parts.table, micro))
-
     def _micro(self, m):
         return pick(self.batch, m)
 
@@ -450,10 +447,9 @@ class _Run:
 
     def _placed(self, state):
         """What is carried lies on the automatic mesh axes as activations and parameters do."""
-        around = jax.sharding.get_abstract_mesh()
 
         def leaf(a, spec, lead=()):
-            return lax.with_sharding_constraint(a, NamedSharding(around, P(*lead, *spec)))
+            return lax.with_sharding_constraint(a, P(*lead, *spec))
 
         gradient = state.gradient
         if gradient:
@@ -467,11 +463,9 @@ class _Run:
 
     def _rows(self, tree):
         """Where units lie. In another layout than all take, XLA may copy whole caches in every tick."""
-        around = jax.sharding.get_abstract_mesh()
 
         def place(a):
-            spec = P(*[None] * (a.ndim - 3), *self.pipeline.spec)
-            a = lax.with_sharding_constraint(a, NamedSharding(around, spec))
+            a = lax.with_sharding_constraint(a, P(*[None] * (a.ndim - 3), *self.pipeline.spec))
             return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
         return jax.tree.map(place, tree)

@@ -132,7 +132,7 @@ class Chunks:
         found = []
         for c in range(1, self.count):
             had = self.complete[c - self.stages + 1] if c >= self.stages else 0
-            found.append(Hop(had + 1, max(self.complete[c - 1], had) + 1, self.begun[c]))
+            found.append(Hop(had + 1, self.complete[c - 1] + 1, self.begun[c]))
         return tuple(found)
 
     @cached_property
@@ -233,12 +233,7 @@ class Timetable:
     def phases(self) -> tuple[int, int, int]:
         """Ticks with a forward chunk only, with both, with a backward chunk only."""
         warm = self.stages * self.virtual_stages - 1
-        forward = self.units + self.stages - 1
-        return (
-            min(warm, forward),
-            max(forward - warm, 0),
-            warm + self.units + self.stages - 1 - max(forward, warm),
-        )
+        return warm, self.units + self.stages - 1 - warm, warm
 
     @cached_property
     def forward(self) -> np.ndarray:

@@ -53,17 +53,7 @@ SCHEMES = {
     "delta_block": Entry("followups", "Delta", ("block_size", "eps")),
 }
 DEFAULT = "block"
-OPTIONS = (
-    "block_size",
-    "eps",
-    "heads",
-    "key_width",
-    "norm_eps",
-    "sinkhorn",
-    "streams",
-    "sublayers",
-    "window",
-)
+OPTIONS = tuple(sorted({option for entry in SCHEMES.values() for option in entry.reads}))
 
 
 def make(name: str, **options: Any) -> "Scheme":

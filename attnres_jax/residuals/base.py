@@ -52,7 +52,7 @@ class Read(NamedTuple):
     stream: PyTree = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """The protocol; `implementation` names that of the ops (`choice.choose`), `placement` its devices."""
 
@@ -94,7 +94,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def start(self, x: Float[Array, "B T D"]) -> PyTree:
-        """The history before the first block; `x` is the embedding."""
+        """The history before the first block, its first leaf [..., B, T, D]; `x` is the embedding."""
 
     def open(self, mix: dict[str, Array], history: PyTree, begins: Any = True) -> tuple[PyTree, PyTree]:
         """Slots of the block's S sublayers, stacked, and the history; `mix` are their parameters.
@@ -115,7 +115,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def write(self, slot: PyTree, stream: PyTree, y: Float[Array, "B T D"]) -> PyTree:
-        """The stream after the sublayer's output `y`, no narrower than the history; `stream` as in `read`."""
+        """The stream after the sublayer's output `y` (`summand`); `stream` as in `read`."""
 
     @abstractmethod
     def close(self, history: PyTree, stream: PyTree) -> PyTree:
@@ -155,7 +155,15 @@ class Appending(Scheme):
 
     def close(self, history, stream):
         """The stream as one more row. The barrier's transpose sums cotangents block by block."""
-        return (*history.rows, Rows(jax.lax.optimization_barrier(stream)[None]))
+        return (*getattr(history, "rows", history), Rows(jax.lax.optimization_barrier(stream)[None]))
+
+
+def summand(y: Array, history: PyTree) -> Array:
+    """`y`, which may begin a sum, in the dtype of a history, whose first leaf is [..., B, T, D]."""
+    like = jax.tree.leaves(history)[0]
+    if jnp.shape(y) != like.shape[-3:] or jnp.promote_types(y.dtype, like.dtype) != like.dtype:
+        raise ValueError(f"y must be as x, {like.dtype}{[*like.shape[-3:]]}, got {y.dtype}{[*jnp.shape(y)]}")
+    return y.astype(like.dtype)
 
 
 def asking(*shape: int) -> dict[str, Array]:

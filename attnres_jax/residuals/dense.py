@@ -18,6 +18,7 @@ from attnres_jax.axes import compute_dtype
 from attnres_jax.depth import Rows
 from attnres_jax.norm import RMSNorm
 from attnres_jax.residuals.base import Appending, Mix, Read, asking
+from attnres_jax.residuals.states import positive
 from attnres_jax.rules import Rule, scores
 
 
@@ -138,6 +139,9 @@ class SlidingWindow(Dense):
     window: int = 8
     eps: float = 1e-6
     axes: ClassVar = {"query": "LD", "key_scale": "LD"}
+
+    def __post_init__(self):
+        positive(window=self.window)
 
     def init(self, sublayers, width):
         return Mix(asking(sublayers, width), asking(width))

@@ -58,7 +58,9 @@ class RMSBlock(AttnRes):
         for l, (w, sources) in enumerate(zip(weights, self.sources(len(steps)), strict=True)):
             summaries = jnp.einsum("ri,ibtg->rbtg", sources[: len(w)], unit, precision="highest")
             if l < len(steps) and l % self.block_size:
-                summaries = summaries.at[-1].set(jnp.einsum("i,ibtg->btg", sources[len(w) - 1], v))
+                summaries = summaries.at[-1].set(
+                    jnp.einsum("i,ibtg->btg", sources[len(w) - 1], v, precision="highest")
+                )
             w = w.reshape(*w.shape[:3], -1)
             mixtures.append(jnp.sum(jnp.repeat(w, v.shape[-1] // w.shape[-1], -1) * summaries, 0))
         return jnp.stack(mixtures)

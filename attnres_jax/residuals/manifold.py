@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attnres_jax.residuals.base import Mix
-from attnres_jax.residuals.states import States, Step
+from attnres_jax.residuals.states import States, Step, positive
 
 OFF = -8.0
 """Logit of what hardly counts at first."""
@@ -46,10 +46,11 @@ class Manifold(States):
 
     def init(self, sublayers, width):
         m, res = self.streams, jnp.asarray(self.identity, "float32")
-        own = 2.0 * jnp.eye(m)[jnp.arange(sublayers) % m] - 1
+        own = {name: 2.0 * jnp.eye(m)[jnp.arange(sublayers) % m] - 1 for name in ("pre", "post")}
         return Mix(
             {
-                **{"pre": own, "post": own, "res": jnp.broadcast_to(res, (sublayers, len(res)))},
+                **own,
+                "res": jnp.broadcast_to(res, (sublayers, len(res))),
                 "scale": jnp.full((sublayers, 3), 0.01, "float32"),
                 "phi": jnp.zeros((sublayers, m, width, 2 * m + len(res))),
             },
@@ -81,6 +82,10 @@ class MHC(Manifold):
     """
 
     sinkhorn: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive(sinkhorn=self.sinkhorn)
 
     @property
     def identity(self):

@@ -21,6 +21,13 @@ class Step(NamedTuple):
     write: Float[Array, "m B T G"]
 
 
+def positive(**sizes: int) -> None:
+    """Raises `ValueError` for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 @dataclass(frozen=True)
 class States(Scheme):
     """`streams` m states [m,B,T,D], all the embedding at first; a read weighs them, a write moves them.
@@ -32,6 +39,9 @@ class States(Scheme):
 
     streams: int = 1
     prenorm: ClassVar[bool] = True
+
+    def __post_init__(self):
+        positive(streams=self.streams)
 
     def weigh(self, slot: Any, s: Float[Array, "m B T D"]) -> Float[Array, "m #B #T #D"]:
         """c of a sublayer's read."""

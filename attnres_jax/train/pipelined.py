@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,6 +29,7 @@ from attnres_jax.placement import Placement
 from attnres_jax.train import state
 from attnres_jax.train.loss import document_end, documents, objective, over_stages
 
+_cut = lax.with_sharding_constraint
 COLUMNS = P(None, "tensor")
 """Where the table of embeddings [V,D] lies on a device of a stage."""
 
@@ -189,10 +190,6 @@ class Pipelined:
 
     def _microbatches(self, batch):
         return meshes.microbatches(batch, self.config.train.accumulation)
-
-
-def _cut(a, spec):
-    return lax.with_sharding_constraint(a, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
 
 
 def _inputs(micro):
