@@ -8,6 +8,7 @@ LOCK ?= requirements/cpu.txt
 RUNS ?= runs/quick
 RUN := $(VENV)/bin/python
 LIBTPU := .libtpu
+TRITON := .triton
 WORKERS ?= 2
 TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 # One stamp a lock: another LOCK makes the environment anew.
@@ -38,9 +39,11 @@ evidence: $(READY)
 test: $(READY)
 	$(TEST)
 
-test-slow: $(READY) $(LIBTPU)/.ready
+test-slow: $(READY) $(LIBTPU)/.ready $(TRITON)/.ready
 	$(TEST) -m "slow and not libtpu"
 	PYTHONPATH=$(LIBTPU) $(TEST) -m libtpu
+	PYTHONPATH=$(TRITON) $(RUN) -c "import triton"  # or its tests would be skipped
+	PYTHONPATH=$(TRITON) $(TEST) -m "slow or not slow" -k triton tests/test_kernels_gpu.py
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
@@ -55,10 +58,13 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
 
-# The compiler for TPUs needs no TPU. Apart from $(VENV), where every start of JAX would look for one.
-$(LIBTPU)/.ready: requirements/tpu.txt | $(READY)
-	@rm -rf $(LIBTPU) && mkdir $(LIBTPU) && sed -n '/^libtpu==/,/[^\\]$$/p' $< > $(LIBTPU)/lock.txt
-	@$(RUN) -m pip install --quiet --require-hashes --no-deps --target $(LIBTPU) -r $(LIBTPU)/lock.txt
+# The compiler for TPUs needs no TPU, Triton's interpreter no GPU. Apart from $(VENV): with libtpu there every start of
+# JAX would look for a TPU, and Triton is 1 GB.
+$(LIBTPU)/.ready: requirements/tpu.txt
+$(TRITON)/.ready: requirements/gpu.txt
+$(LIBTPU)/.ready $(TRITON)/.ready: .%/.ready: | $(READY)
+	@rm -rf .$* && mkdir .$* && sed -n '/^$*==/,/[^\\]$$/p' $< > .$*/lock.txt
+	@$(RUN) -m pip install --quiet --require-hashes --no-deps --target .$* -r .$*/lock.txt
 	@touch $@
 
 # Candidates are run, not looked up: a pyenv shim on PATH may exist and fail.

@@ -111,22 +111,19 @@ def test_the_platform_is_that_of_the_target():
     """Of the mesh, of the abstract mesh in use, of the default device."""
     assert platform() == "cpu"
     assert platform(Placement(mesh.make_mesh({"data": 1}, jax.devices()[:1]), P())) == "cpu"
-    chip = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
+    with toys.on_tpu("TPU v6 lite"):
         assert platform() == "tpu"
 
 
 def test_lowered_for_a_tpu_there_are_no_scores():
     """The kernel stands in the program, forward and backward, and no [T,T]; XLA's path has one."""
-    chip = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    on = jax.sharding.AbstractMesh((), (), abstract_device=chip)
 
     def gradient(q, k, v, implementation):
         run = partial(attention.attend, implementation=implementation)
         return jax.grad(lambda *qkv: jnp.sum(run(*qkv).astype("float32")), (0, 1, 2))(q, k, v)
 
     texts = {}
-    with jax.sharding.use_abstract_mesh(on):
+    with toys.on_tpu():
         for name in ("auto", "xla"):
             traced = jax.jit(gradient, static_argnums=3).trace(*drawn("bfloat16", (B, 384, H, K)), name)
             texts[name] = traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -46,11 +46,12 @@ def count(function, *arguments) -> Counter:
     return found
 
 
-def kept(scheme, kinds, policy=None, dtype="float32") -> int:
+def kept(scheme, kinds, policy=None, dtype="float32", implementation=None) -> int:
     """Of one call of `through_depth`; all of it in the dtype of the activations."""
     B, T = TOKENS
     toy = toys.cast(toys.toy(scheme, kinds, B=B, T=T, D=WIDTH), dtype)
-    found = count(lambda toy: toys.run(scheme, kinds, toy, policy=policy).h, toy)
+    how = {"policy": policy, "implementation": implementation}
+    found = count(lambda toy: toys.run(scheme, kinds, toy, **how).h, toy)
     assert set(found) == {dtype}
     return found[dtype]
 
@@ -71,6 +72,14 @@ def test_eight_blocks(L, pattern):
     kinds = (pattern * L)[:L]
     assert plain(kinds) == L
     assert L + 1 <= kept(toys.make("block", L // 8), kinds) <= L + 8 + 1
+
+
+@pytest.mark.parametrize("size", [4, 3, 2, 1])
+def test_kernels_keep_no_more(size):
+    """On a TPU: as many arrays as the reference."""
+    scheme, kinds = toys.make("block", size), "am" * 8
+    with toys.on_tpu():
+        assert kept(scheme, kinds, implementation="tpu") == kept(scheme, kinds)
 
 
 @shapes

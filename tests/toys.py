@@ -19,10 +19,17 @@ from attnres_jax.models.table import path_name
 from attnres_jax.models.transformer import abstract
 from attnres_jax.stack import Layer, through_depth
 
+
 # Compile time is nearly all that a tiny test costs; LLVM's optimiser is a third of it.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BF16 = ml_dtypes.bfloat16
 MATRICES = {"a": ("query", "key", "value", "out"), "m": ("up", "down"), "k": ("gate", "up", "out")}
+
+
+def on_tpu(kind: str = "TPU v5 lite"):
+    """As the target of what is traced."""
+    chip = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip))
 
 
 class Toy(NamedTuple):
