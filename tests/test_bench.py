@@ -97,11 +97,14 @@ def test_the_commit_is_that_of_this_tree(monkeypatch):
     assert made.commit() == "unknown"
 
 
-@pytest.mark.parametrize("module", ["traffic"])
-def test_without_the_compiler(module, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words",
+    ["bench traffic --chip=v5e", "bench roofline --chip=v5e", "compile --config=quick --topology=v5e:2x2"],
+)
+def test_without_the_compiler(words, monkeypatch, capsys):
     """One line that says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert __main__.main(["bench", module, "--chip=v5e"]) == 2
+    assert __main__.main(words.split()) == 2
     error = capsys.readouterr().err
     assert "needs no TPU" in error
     assert "pip install 'jax[tpu]'" in error

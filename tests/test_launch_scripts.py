@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import cluster
+import jsonschema
 import pytest
+import yaml
 
 from attnres_jax.bench import target
 
@@ -87,7 +89,8 @@ if [[ ${0##*/} == srun ]]; then exit "${SRUN:-0}"; fi
 def tool(name):
     """A program of the test extra."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    return found or pytest.skip(f"{name} is not installed: pip install the test extra")
+    assert found, f"{name} is not installed: pip install the test extra"
+    return found
 
 
 def run(script, variables=None, words=(), **more):
@@ -324,8 +327,6 @@ def test_slurm(stand_ins, srun, requeued):
 
 def test_manifests_are_jobsets():
     """As committed, and as gke.sh makes them; and the schema finds mistakes."""
-    jsonschema = pytest.importorskip("jsonschema")
-    yaml = pytest.importorskip("yaml")
     schema = json.loads((GOLDEN / "jobset-v0.12.0.schema.json").read_text())
     check = jsonschema.Draft202012Validator(schema).validate
     for kind, slices in (("single-slice", "1"), ("multislice", "2")):

@@ -17,6 +17,7 @@ from attnres_jax.models.layers import rope
 from attnres_jax.models.table import RULES, parameter_table, path_name
 from attnres_jax.models.transformer import REMAT, ModelConfig, Transformer, abstract
 from attnres_jax.nnx import DepthMix
+from attnres_jax.train import state
 
 SMALL = ModelConfig(
     vocab=17,
@@ -38,14 +39,7 @@ SCHEMES = ["plain", "full", "block"]
 def trained(config, seed=0) -> Transformer:
     """A model as training might leave it: no norm scale is one and no query zero. All numbers are
     exact in fp32, and the same whatever the dtype."""
-    rng = np.random.default_rng(seed)
-    graph, params = nnx.split(abstract(config))
-
-    def fill(path, leaf):
-        mean, scale = (1.0, 0.3) if "scale" in path_name(path) else (0.0, config.width**-0.5)
-        return jnp.asarray(toys.draw(rng, leaf.shape, scale, mean), leaf.dtype)
-
-    return nnx.merge(graph, jax.tree.map_with_path(fill, params))
+    return state.merge(config, toys.parameters(config, seed))
 
 
 def tokens_of(*shape, vocab=17):
@@ -153,7 +147,7 @@ def test_plain_is_the_ordinary_decoder(tied, value_residual, x64):
     model = trained(config)
     got, params = evaluate(model, tokens), pure(model)
     want = decoder(config, params, np.asarray(tokens))
-    oracle.assert_close(got["logits"], want, 1e-10)
+    oracle.assert_close(got["logits"], want, 1e-12)
     check_gradient(
         lambda params: np.sum(toys.probe(want) * decoder(config, params, np.asarray(tokens))),
         *(params, got["gradient"]),
@@ -441,6 +435,6 @@ def test_attention_residuals_added_to_a_trained_model(residual, x64):
     model.mix = DepthMix(model.config.scheme, model.config.sublayers, model.config.width)
     assert oracle.errors(logits(model, tokens), want)[""] > 0.1
     nnx.update(model, nnx.state(plain))
-    oracle.assert_close(logits(model, tokens), want, 1e-9)
+    oracle.assert_close(logits(model, tokens), want, 1e-11)
     model.mix.query[...] += 0.3
     assert oracle.errors(logits(model, tokens), want)[""] > 1e-3

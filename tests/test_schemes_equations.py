@@ -394,7 +394,7 @@ def test_delta_starts_as_the_pre_norm_residual(x64):
     got, want, _ = first("delta")
     for l, (h, u) in enumerate(zip(got, want, strict=True)):
         factor = 1 if l in (0, L) else 1 + 1 / (l + 1)
-        oracle.assert_close(h, factor * u, 1e-5)  # eps of the pre-norm
+        oracle.assert_close(h, factor * u, 1e-6)  # eps of the pre-norm
 
 
 def test_window_starts_as_the_mean_of_what_it_sees(x64):
@@ -446,7 +446,7 @@ def test_recency_starts_by_weighing_the_newest_e_times_its_elder(x64):
     v = np.asarray(record.outputs)
     for l, h in enumerate(record.mixtures):
         weights = np.exp(-np.arange(l, -1, -1.0))
-        oracle.assert_close(h, np.tensordot(weights / weights.sum(), v[: l + 1], 1), 1e-6)
+        oracle.assert_close(h, np.tensordot(weights / weights.sum(), v[: l + 1], 1), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["block_additive", "delta_block"])
@@ -469,7 +469,7 @@ def test_siamese_starts_with_both_streams_at_the_embedding(x64):
     """A read is `X + Norm(Y)`; afterwards both terms are of unit RMS."""
     got, _, toy = first("siamese")
     x = np.asarray(toy.x)
-    oracle.assert_close(got[0], x + x / rms(x), 1e-6)
+    oracle.assert_close(got[0], x + x / rms(x), 1e-12)
     assert np.all(rms(np.asarray(got[1:])) < 2 + 1e-6)
 
 

@@ -19,7 +19,6 @@ from attnres_jax.models.table import path_name
 from attnres_jax.models.transformer import abstract
 from attnres_jax.stack import Layer, through_depth
 
-
 # Compile time is nearly all that a tiny test costs; LLVM's optimiser is a third of it.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BF16 = ml_dtypes.bfloat16
