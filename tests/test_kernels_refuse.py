@@ -32,6 +32,8 @@ MIX = {  # changed arguments, what the error says
         r"sources\[1\] must be .* of bfloat16, got \(3, 4, 256\) of float32",
     ),
     "too few counts": ({"counts": ()}, "counts must say None or a number for each of 1 arrays, got 0"),
+    "more than there are": ({"counts": (5,)}, r"counts must be within the rows \[3\], not all 0, got \[5\]"),
+    "none visible": ({"counts": (0,)}, r"counts must be within the rows \[3\], not all 0, got \[0\]"),
     "slots on a GPU": ({"slots": (0,), "backend": "gpu"}, "slots are for 'tpu', .* give it array"),
     "too large for VMEM": (
         {"w": zeros(S, 2**20), "sources": (zeros(16, T, 2**20, dtype=BF16),), "backend": "tpu"},

@@ -26,7 +26,6 @@ class Forward(NamedTuple):
     """What its `backward` takes."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def depth_mix(w, sources, counts, eps, handed_on, backend, slots=None):
     """Mixtures [S, *tokens, D] in the sources' dtype, log-sum-exp [S, *tokens] fp32, and the sources.
 
@@ -45,11 +44,17 @@ def depth_mix(w, sources, counts, eps, handed_on, backend, slots=None):
     Raises:
       ValueError: for shapes or dtypes that do not fit together, and for sizes that the backend does not take.
     """
+    _check(w, sources, counts, slots, backend)
+    return _depth_mix(w, sources, counts, eps, handed_on, backend, slots)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _depth_mix(w, sources, counts, eps, handed_on, backend, slots):
     return _forward(w, sources, counts, eps, handed_on, backend, slots)[0]
 
 
 def _forward(w, sources, counts, eps, handed_on, backend, slots):
-    lead = _check(w, sources, counts, slots, backend)
+    lead = 1 if slots is None else 2
     run = sequential_vmap(functools.partial(_module(backend).forward, eps=eps))
     out = run(w, _flat(sources, lead), counts, *(() if slots is None else (slots,)))
     shape = sources[0].shape[lead:]
@@ -80,7 +85,6 @@ def refusal(S: int, R: int, D: int, dtype: DTypeLike, backend: str) -> str | Non
 
 
 def _check(w, sources, counts, slots, backend):
-    """How many axes of the sources lie before the tokens."""
     if w.ndim != 2 or not len(w) or w.dtype != jnp.float32:
         raise ValueError(f"w must be [S, D] of float32 with S >= 1, got {w.shape} of {w.dtype}")
     if not sources or not all(v.size for v in sources):
@@ -92,17 +96,22 @@ def _check(w, sources, counts, slots, backend):
         raise ValueError(
             f"counts must say None or a number for each of {len(sources)} arrays, got {len(counts)}"
         )
+    rows = [v.shape[slots is not None] for v in sources]
+    known = [(n, r) for n, r in zip(counts, rows, strict=True) if isinstance(n, int)]
+    if any(not 0 <= n <= r for n, r in known) or (len(known) == len(rows) and not any(n for n, _ in known)):
+        raise ValueError(f"counts must be within the rows {rows}, not all 0, got {[n for n, _ in known]}")
     if slots is not None and (backend != "tpu" or len(slots) != len(sources)):
         raise ValueError(
             f"slots are for 'tpu', one for each of {len(sources)} arrays, got {slots} for {backend!r}: "
             "give it array[slot] instead"
         )
-    lead, rows = (1, "R") if slots is None else (2, "slots, R")
+    lead, leading = (1, "R") if slots is None else (2, "slots, R")
     shape, dtype = (*sources[0].shape[lead:-1], w.shape[-1]), sources[0].dtype
     for k, v in enumerate(sources):
         if v.shape[lead:] != shape or v.dtype != dtype:
-            raise ValueError(f"sources[{k}] must be [{rows}, {shape}] of {dtype}, got {v.shape} of {v.dtype}")
-    return lead
+            raise ValueError(
+                f"sources[{k}] must be [{leading}, {shape}] of {dtype}, got {v.shape} of {v.dtype}"
+            )
 
 
 def _flat(arrays, lead):
@@ -113,4 +122,4 @@ def _module(backend):
     return importlib.import_module(f"pallas_kernels.depth_mix.{backend}")
 
 
-depth_mix.defvjp(_forward, _backward)
+_depth_mix.defvjp(_forward, _backward)
