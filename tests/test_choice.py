@@ -80,15 +80,16 @@ def test_several_devices_need_a_placement(on, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("refused", "why"),
+    ("op", "sizes", "why"),
     [
-        (mix.refusal(6, 9, 2304, jnp.bfloat16, "gpu"), None),
-        (mix.refusal(6, 17, 2304, jnp.bfloat16, "gpu"), "R = 17 rows"),
-        (mix.refusal(6, 9, 2304, jnp.float32, "gpu"), "bfloat16 only"),
-        (merge.refusal(7168, jnp.bfloat16, "gpu"), None),
-        (merge.refusal(1000, jnp.bfloat16, "gpu"), "not a multiple of 256"),
-        (merge.refusal(14336, jnp.float32, "gpu"), "exceeds"),
+        (mix, (6, 9, 2304, jnp.bfloat16), None),
+        (mix, (6, 17, 2304, jnp.bfloat16), "R = 17 rows"),
+        (mix, (6, 9, 2304, jnp.float32), "bfloat16 only"),
+        (merge, (7168, jnp.bfloat16), None),
+        (merge, (1000, jnp.bfloat16), "not a multiple of 256"),
+        (merge, (14336, jnp.float32), "exceeds"),
     ],
 )
-def test_what_mosaic_gpu_refuses(refused, why):
+def test_what_mosaic_gpu_refuses(op, sizes, why):
+    refused = op.refusal(*sizes, "gpu")
     assert (refused is None) if why is None else (why in refused)
