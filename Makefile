@@ -7,8 +7,6 @@ VENV ?= .venv
 LOCK ?= requirements/cpu.txt
 RUNS ?= runs/quick
 RUN := $(VENV)/bin/python
-LIBTPU := .libtpu
-TRITON := .triton
 WORKERS ?= 2
 TEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 # One stamp a lock: another LOCK makes the environment anew.
@@ -39,11 +37,11 @@ evidence: $(READY)
 test: $(READY)
 	$(TEST)
 
-test-slow: $(READY) $(LIBTPU)/.ready $(TRITON)/.ready
+test-slow: $(READY) .libtpu/.ready .triton/.ready
 	$(TEST) -m "slow and not libtpu"
-	PYTHONPATH=$(LIBTPU) $(TEST) -m libtpu
-	PYTHONPATH=$(TRITON) $(RUN) -c "import triton"  # or its tests would be skipped
-	PYTHONPATH=$(TRITON) $(TEST) -m "slow or not slow" -k triton tests/test_kernels_gpu.py
+	PYTHONPATH=.libtpu $(TEST) -m libtpu
+	PYTHONPATH=.triton $(RUN) -c "import triton"  # or its tests would be skipped
+	PYTHONPATH=.triton $(TEST) -m "slow or not slow" -k triton tests/test_kernels_gpu.py
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
@@ -60,9 +58,9 @@ lint: $(READY)
 
 # The compiler for TPUs needs no TPU, Triton's interpreter no GPU. Apart from $(VENV): with libtpu there every start of
 # JAX would look for a TPU, and Triton is 1 GB.
-$(LIBTPU)/.ready: requirements/tpu.txt
-$(TRITON)/.ready: requirements/gpu.txt
-$(LIBTPU)/.ready $(TRITON)/.ready: .%/.ready: | $(READY)
+.libtpu/.ready: requirements/tpu.txt
+.triton/.ready: requirements/gpu.txt
+.libtpu/.ready .triton/.ready: .%/.ready: | $(READY)
 	@rm -rf .$* && mkdir .$* && sed -n '/^$*==/,/[^\\]$$/p' $< > .$*/lock.txt
 	@$(RUN) -m pip install --quiet --require-hashes --no-deps --target .$* -r .$*/lock.txt
 	@touch $@

@@ -66,9 +66,9 @@ def through_depth(
 
     Args:
       policy: what a sublayer keeps for the backward pass, of `jax.checkpoint_policies`; None keeps nothing.
-      implementation: of the ops (`choice.choose`). "reference" is also literal here: one phase, unrolled,
-        no checkpoint, plain autodiff, so that forward mode, higher orders and fp64 work.
-      placement: where activations lie on a mesh; reads then run on each device's own tokens.
+      implementation: of the ops (`choice.choose`); None: the scheme's. "reference" is also literal here: one
+        phase, unrolled, no checkpoint, plain autodiff, so that forward mode, higher orders and fp64 work.
+      placement: where activations lie on a mesh, None: as the scheme says; reads run on each device's tokens.
       record: also return `Record`; literal and unrolled, for analysis.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from attnres_jax import __main__, configs
-from attnres_jax.bench import arms, commands, kernels, peers, work
+from attnres_jax.bench import arms, commands, kernels, peers, step, work
 from attnres_jax.bench.arms import Ready, Unsupported
 from attnres_jax.bench.work import Work
 
@@ -39,6 +39,17 @@ def identify(value):
 def quick(monkeypatch):
     """Little input, a small copy."""
     monkeypatch.setitem(kernels.SCALES, "cpu", kernels.Scale(1, 0, 1 << 16, 0.0))
+
+
+def test_inputs_of_many_reads():
+    drawn = work.draw(Work("block", 2, 4, 2, 64, True), 0)
+    assert len(drawn.arguments["y"]) == 64
+
+
+def test_a_step_with_kernels_of_another_device():
+    """Said before a corpus is read."""
+    with pytest.raises(configs.UserError, match="--implementation=gpu runs on gpu, this is cpu"):
+        step.measure(configs.base.get_config(), 1, implementation="gpu")
 
 
 def speed(found):

@@ -37,15 +37,21 @@ def test_the_roofline_s_rows_are_of_today_s_kernels():
         assert json.dumps(roofline.key("v6e", case, text)) in done, case
 
 
-@pytest.mark.parametrize("file", sorted((RESULTS / "traffic").glob("*.json")), ids=lambda file: file.stem)
-def test_traffic_is_within_what_was_asked(file):
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+@pytest.mark.parametrize(
+    ("cell", "L", "S", "width"),
+    [("L32-S4", 32, 4, 2304), ("L54-S6", 54, 6, 2304), ("D4096", 32, 4, 4096), ("D7168", 32, 4, 7168)],
+)
+def test_traffic_is_within_what_was_asked(cell, L, S, width, chip):
     """Bytes of the residual path, time of a step, temporaries, of the step with kernels."""
-    found = json.loads(file.read_text())
-    arm, bound = found["arms"]["block-kernel"], found["bound"]
+    found = json.loads((RESULTS / f"traffic/{chip}-{cell}.json").read_text())
+    arm, bound, shape = found["arms"]["block-kernel"], found["bound"], found["shape"]
+    assert (2 * shape["model.blocks"], shape["block_size"], shape["model.width"]) == (L, S, width)
+    assert found["chip"]["name"] == chip
     assert arm["residual_over_bound"] <= 1.15
     assert arm["time_over_plain"] - 1 <= 1.25 * (bound["time_over_plain"] - 1)
-    assert arm["temporaries_over_plain_td"] <= bound["temporaries_over_plain_td"]
-    if found["shape"]["model.width"] >= 4096 and file.stem.startswith("v5p"):
+    assert arm["temporaries_over_plain_td"] <= 2 * L / S + 2 * S + 8
+    if width >= 4096 and chip == "v5p":
         assert arm["time_over_plain"] <= 1.02
 
 

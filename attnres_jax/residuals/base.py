@@ -161,8 +161,8 @@ class Appending(Scheme):
 def summand(y: Array, history: PyTree) -> Array:
     """`y`, which may begin a sum, in the dtype of a history, whose first leaf is [..., B, T, D]."""
     like = jax.tree.leaves(history)[0]
-    if jnp.shape(y) != like.shape[-3:] or jnp.promote_types(y.dtype, like.dtype) != like.dtype:
-        raise ValueError(f"y must be as x, {like.dtype}{[*like.shape[-3:]]}, got {y.dtype}{[*jnp.shape(y)]}")
+    if jnp.shape(y) != like.shape[-3:] or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"y must be floats {[*like.shape[-3:]]} as x is, got {y.dtype}{[*jnp.shape(y)]}")
     return y.astype(like.dtype)
 
 

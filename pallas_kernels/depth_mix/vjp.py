@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -97,9 +98,9 @@ def _check(w, sources, counts, slots, backend):
             f"counts must say None or a number for each of {len(sources)} arrays, got {len(counts)}"
         )
     rows = [v.shape[slots is not None] for v in sources]
-    known = [(n, r) for n, r in zip(counts, rows, strict=True) if isinstance(n, int)]
+    known = [(n, r) for n, r in zip(counts, rows, strict=True) if isinstance(n, Integral)]
     if any(not 0 <= n <= r for n, r in known) or (len(known) == len(rows) and not any(n for n, _ in known)):
-        raise ValueError(f"counts must be within the rows {rows}, not all 0, got {[n for n, _ in known]}")
+        raise ValueError(f"counts must be within the rows {rows}, not all 0, got {list(counts)}")
     if slots is not None and (backend != "tpu" or len(slots) != len(sources)):
         raise ValueError(
             f"slots are for 'tpu', one for each of {len(sources)} arrays, got {slots} for {backend!r}: "
