@@ -251,6 +251,42 @@ def test_an_output_that_is_added_first():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", ["mix", "merge"])
+def test_bf16_is_no_worse_than_xla(op):
+    """Errors of values and of every gradient of a phase beside those of the reference in bf16, compiled."""
+    shape, tall, row = mix_shapes.Shape(3, (4,), 128, 128), (3, 128, 128), (128, 128)
+    v, o, p, d_out, d_x = drawn(
+        shape, ((4, *row), None), (tall, None), (row, None), (tall, None), (row, None)
+    )
+    w, scale, *lses = drawn(shape, *((size, "float32") for size in ((3, 128), (128,), (3, 128), (3, 128))))
+    if op == "mix":
+        args, given = (w / 11, v), Partial(d_out, lses[0])
+    else:
+        args, given = (w[0] / 11, 1 + 0.3 * scale, Partial(o, lses[0]), p), d_x
+
+    def results(implementation, args, given):
+        how = {"rule": Rule(EPS), "implementation": implementation}
+
+        def mixed(w, v):
+            return ops.depth_mix(w, (Rows(v),), last=True, **how)[0]
+
+        def merged(w, scale, done, p):
+            norm = RMSNorm(scale, NORM_EPS)
+            return ops.depth_merge(w, done, p, jnp.int32(1), jnp.bool(False), norm=norm, **how)[0]
+
+        out, pull = jax.vjp(mixed if op == "mix" else merged, *args)
+        return jax.tree.leaves((out, pull(given)))
+
+    run = jax.jit(results, static_argnums=0)
+    with jax.enable_x64():
+        exact = [np.asarray(a) for a in results("reference", *wide((args, given)))]
+    for a, b, want in zip(run("tpu", args, given), run("reference", args, given), exact, strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.linalg.norm(np.asarray(x, np.float64) - want) / np.linalg.norm(want) for x in (a, b))
+        assert a <= min(5e-3, 1.02 * b + SUMS["bfloat16"]), (want.shape, a, b)
+
+
+@pytest.mark.slow
 def test_on_several_devices():
     """Rows and time cut over four: values and gradients of both phases."""
     place = mesh.placement(mesh.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]))
