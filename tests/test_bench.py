@@ -47,7 +47,7 @@ def test_step_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_step_of_two_arms(tmp_path, monkeypatch):
+def test_step_of_two_arms(tmp_path, capsys, monkeypatch):
     """Plain is always there; the implementation is passed on to the reads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out = tmp_path / "step.json"
@@ -55,6 +55,9 @@ def test_step_of_two_arms(tmp_path, monkeypatch):
     words = ["bench", "step", "--config=quick:block", "--rounds=2", f"--out={out}", *keys, "--arms", "block"]
     assert __main__.main([*words, "--implementation=xla"]) == 0
     assert set(json.loads(out.read_text())["arms"]) == {"plain", "block"}
+    assert __main__.main([*words, "--implementation=triton"]) == 2
+    assert "--implementation=triton runs on gpu, this is cpu" in capsys.readouterr().err
+    monkeypatch.setattr("attnres_jax.bench.step.elsewhere", lambda _: None)
     with pytest.raises(Exception, match=r"jax-triton does not lower|No module named 'jax_triton'"):
         __main__.main([*words, "--implementation=triton"])
 
