@@ -20,6 +20,16 @@ def one_device():
     processes.join = lambda: None  # the tests' own process has started JAX already
 
 
+@pytest.fixture(autouse=True)
+def targets(request, monkeypatch):
+    """Where a test compiles for TPUs libtpu looks for none, and does not ask to be alone: as in the commands."""
+    from attnres_jax.bench import target
+
+    if request.node.get_closest_marker("libtpu"):
+        for name, value in target.ENVIRONMENT.items():
+            monkeypatch.setenv(name, value)
+
+
 @pytest.fixture
 def x64():
     """Run the test with 64-bit types; nothing made outside the test may enter it."""
