@@ -22,7 +22,7 @@ def one_device():
 
 @pytest.fixture(autouse=True)
 def targets(request, monkeypatch):
-    """Where a test compiles for TPUs libtpu looks for none, and does not ask to be alone: as in the commands."""
+    """Where a test compiles for TPUs, libtpu looks for none and need not be alone: as in the commands."""
     from attnres_jax.bench import target
 
     if request.node.get_closest_marker("libtpu"):
