@@ -22,13 +22,10 @@ def compiled(request):
     """The text of a function's program for a chip, of arrays by shape and dtype."""
     (device,) = target.devices(request.param, 1)
     place = jax.sharding.SingleDeviceSharding(device)
-    kind = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
-    )
 
     def compile(function, args):
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        with target.tracing_for(device):
             program = jax.jit(function).trace(*args)
             return program.out_info, program.lower().compile().as_text()
 

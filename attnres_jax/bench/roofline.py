@@ -127,10 +127,7 @@ def trace(case: Case, device: Any) -> Any:
     """The call of a kernel, traced for the chip. Raises `ValueError` of sizes that the op does not take."""
     import jax
 
-    kind = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
-    )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+    with target.tracing_for(device):
         return jax.jit(_function(case)).trace(*_arguments(case, device))
 
 

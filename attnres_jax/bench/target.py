@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from attnres_jax.bench.cost import Chip
@@ -89,15 +90,21 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
 
 
-def info(device: Any) -> Any:
-    """JAX's own figures of a device, per TensorCore (`jax.experimental.pallas.tpu.get_tpu_info`)."""
+def tracing_for(device: Any) -> AbstractContextManager[Any]:
+    """Inside it a program is traced for this one device, which need not be at hand."""
     import jax
-    from jax.experimental.pallas import tpu
 
     kind = jax.sharding.AbstractDevice(
         device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
     )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind))
+
+
+def info(device: Any) -> Any:
+    """JAX's own figures of a device, per TensorCore (`jax.experimental.pallas.tpu.get_tpu_info`)."""
+    from jax.experimental.pallas import tpu
+
+    with tracing_for(device):
         return tpu.get_tpu_info()
 
 
