@@ -142,18 +142,21 @@ def mix(size, weights, v, mixture, q):
 
 
 def _pull(size, weights, pulls, shrink, d_out, w, v, add, out):
-    """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added."""
-    whole = jnp.concatenate(weights, 1)
-    left = _diagonal(size, [whole[s : s + 1, : size.R * size.group] for s in range(size.S)])
-    left = jnp.concatenate([left, jnp.concatenate(pulls, 1)[:, : size.R * size.group]], 0).T.astype(v.dtype)
+    """Cotangents of the sources of one group: A^T dO + C^T W - e V, and what later reads have added.
+
+    W is two halves, one below the other, and meets C twice; A and C become two, as in `_two_halves`."""
+    whole = jnp.concatenate(weights, 1)[:, : size.R * size.group]
+    pulls = jnp.concatenate(pulls, 1)[:, : size.R * size.group]
+    left = [_diagonal(size, [whole[s : s + 1] for s in range(size.S)]), *[pulls] * (len(w) // size.S8)]
+    left = jnp.concatenate(left, 0).T
     short = -len(shrink) % 8
     columns = jnp.concatenate([*shrink, *[jnp.zeros((1, LANES), jnp.float32)] * short], 0).T
     shrink = jnp.concatenate([columns[:, b : b + 1] for b in range(size.lanes // LANES)], 0)
     shrink = shrink[: size.R * size.group]
     for at, width in _columns(size.D):
         cols = pl.ds(at, width)
-        right = jnp.concatenate([d_out[:, at : at + width], w[: size.S8, cols].astype(v.dtype)], 0)
-        total = dot(left, right, NN) - shrink * _rows(v, at, width).astype(jnp.float32)
+        right = jnp.concatenate([d_out[:, at : at + width], w[:, cols]], 0)
+        total = _two_halves(left, right) - shrink * _rows(v, at, width).astype(jnp.float32)
         if add:
             total = total + _rows(out, at, width).astype(jnp.float32)
         out[:, :, cols] = total.astype(out.dtype).reshape(size.R, size.group, width)
