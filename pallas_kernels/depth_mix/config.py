@@ -45,7 +45,7 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
 def group_of(S: int, R: int, D: int, dtype: DTypeLike) -> int:
     """Tokens of one block-diagonal product, 8 to 64: as many as keep (source, token) within the MXU.
 
-    (query, token), over which the backward pass contracts, stays within two of its widths. Both directions take it."""
+    (query, token), over which the backward pass contracts, within two of them; both directions take it."""
     width = mxu() // 2 if beside(S, R) else mxu()
     for group in (64, 32, 16):
         fits = vmem_bytes("backward", S, R, D, dtype, group, group) <= chip()[0]
