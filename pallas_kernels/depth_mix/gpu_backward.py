@@ -17,10 +17,13 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     TOKENS,
     WGMMA,
     Sources,
+    barriers,
     copy_or_arrive,
     fetch_rows,
     named,
+    products,
     tiled,
+    walk,
     zero,
     zero_arrivals,
 )
@@ -63,29 +66,12 @@ def dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret)
         if arrivals:
             plgpu.barrier_wait(r.zeroed)
 
-        def step(j, products):
-            slot = lax.rem(j, depth)
-            plgpu.barrier_wait(r.full.at[slot])
+        def traces(slot):
+            return products((64, inner), (r.cotangents.at[slot, mine], r.rows.at[slot].transpose((1, 0))))
 
-            def product(acc):
-                plgpu.wgmma(acc, r.cotangents.at[slot, mine], r.rows.at[slot].transpose((1, 0)))
-                return acc[...]
-
-            part = pl.run_scoped(product, plgpu.ACC((64, inner), F32))  # as in `score`
-
-            @pl.when(j + depth < chunks)
-            def _():
-                plgpu.barrier_arrive(r.empty.at[slot])
-
-            @pl.when((group == 0) & (j + depth < chunks))
-            def _():
-                plgpu.barrier_wait(r.empty.at[slot])
-                fetch(j + depth)
-
-            return products + part
-
-        zero = plgpu.layout_cast(jnp.zeros((64, inner), F32), WGMMA)
-        _through_softmax(r, block, mine, _blocks_of(lax.fori_loop(0, chunks, step, zero), shape.R))
+        none = plgpu.layout_cast(jnp.zeros((64, inner), F32), WGMMA)
+        d_weights = walk(r, chunks, fetch, traces, lambda _, part, total: total + part, none)
+        _through_softmax(r, block, mine, _blocks_of(d_weights, shape.R))
 
     out = run(
         body,
@@ -101,10 +87,8 @@ def dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret)
         {
             "rows": tiled(depth, inner, chunk, inner=chunk),
             "cotangents": tiled(depth, groups * 64, chunk, inner=chunk),
-            "full": plgpu.Barrier(num_arrivals=shape.R + shape.queries, num_barriers=depth),
-            "empty": plgpu.Barrier(num_arrivals=groups, num_barriers=depth),
-            "zeroed": plgpu.Barrier(num_arrivals=max(1, arrivals)),
-        },
+        }
+        | barriers(depth, shape.R + shape.queries, groups, arrivals),
         grid={"block": shape.blocks},
         groups=groups,
         name="depth_mix_dscore",

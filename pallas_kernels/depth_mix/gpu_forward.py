@@ -14,10 +14,13 @@ from pallas_kernels.depth_mix.gpu_tiles import (
     TOKENS,
     WGMMA,
     Sources,
+    barriers,
     diagonal,
     fetch_rows,
     named,
+    products,
     tiled,
+    walk,
     zero,
     zero_arrivals,
 )
@@ -26,59 +29,14 @@ from pallas_kernels.mosaic import run, shaped, up
 
 def score(shape, w, sources, counts, eps, interpret):
     """Logits [R, tokens in 64s, queries] and rstd [R, tokens in 64s] of the visible rows."""
-    chunk, padded = shape.chunk, shape.padded
-    chunks, blocks = shape.D // chunk, -(-shape.tokens // 64)
+    chunk, padded, blocks = shape.chunk, shape.padded, -(-shape.tokens // 64)
     depth = shape.depth(4 if padded == 8 else 3, chunk)  # two programs share a processor
 
     def body(r):
-        tokens = pl.ds(lax.axis_index("block") * 64, 64)
-        at = 0
+        tokens, at = pl.ds(lax.axis_index("block") * 64, 64), 0
         for k, v in enumerate(sources):
-            _score_array(r, getattr(r, f"source{k}"), at, r.counts[k], tokens)
+            _score_rows(r, shape, eps, getattr(r, f"source{k}"), at, r.counts[k], tokens)
             at += len(v)
-
-    def _score_array(r, array, at, n, tokens):
-        def fetch(q):
-            slot, cols = lax.rem(q, depth), pl.ds(lax.rem(q, chunks) * chunk, chunk)
-            source = array.at[lax.div(q, chunks), tokens, cols]
-            plgpu.copy_gmem_to_smem(source, r.rows.at[slot], r.full.at[slot])
-            plgpu.copy_gmem_to_smem(r.w.at[:, cols], r.queries.at[slot], r.full.at[slot])
-
-        @pl.when(n > 0)  # what is copied for no row would wait for the next array
-        def _():
-            for q in range(depth):
-                fetch(q)
-
-        @pl.loop(0, n)
-        def _(row):
-            def step(j, carry):
-                dots, squares = carry
-                q = row * chunks + j
-                slot = lax.rem(q, depth)
-                plgpu.barrier_wait(r.full.at[slot])
-
-                def product(acc):
-                    for third in range(3):
-                        queries = r.queries.at[slot, pl.ds(third * padded, padded)]
-                        plgpu.wgmma(acc, r.rows.at[slot], queries.transpose((1, 0)))
-                    return acc[...]
-
-                # The tensor cores cut off what their sum does not hold: one of all of D would be biased.
-                part = pl.run_scoped(product, plgpu.ACC((64, padded), F32))
-                v = plgpu.load(r.rows.at[slot], layout=WGMMA, optimized=False).astype(F32)
-                plgpu.commit_smem()
-
-                @pl.when(q + depth < n * chunks)
-                def _():
-                    fetch(q + depth)
-
-                return dots + part, squares + v * v
-
-            zeros = [plgpu.layout_cast(jnp.zeros((64, width), F32), WGMMA) for width in (padded, chunk)]
-            dots, squares = lax.fori_loop(0, chunks, step, tuple(zeros))
-            rstd = lax.rsqrt(jnp.sum(squares, axis=1) * (1.0 / shape.D) + eps)
-            r.rstd[at + row, tokens] = rstd
-            r.logits[at + row, tokens] = dots * lax.broadcast_in_dim(rstd, dots.shape, (0,))
 
     out = run(
         body,
@@ -95,6 +53,52 @@ def score(shape, w, sources, counts, eps, interpret):
         interpret=interpret,
     )
     return out.logits, out.rstd
+
+
+def _score_rows(r, shape, eps, array, at, n, tokens):
+    """The first n rows of one array, which are those from `at` on of all; its chunks follow one another."""
+    chunk, chunks, depth = shape.chunk, shape.D // shape.chunk, r.rows.shape[0]
+
+    def fetch(q):
+        slot, cols = lax.rem(q, depth), pl.ds(lax.rem(q, chunks) * chunk, chunk)
+        source = array.at[lax.div(q, chunks), tokens, cols]
+        plgpu.copy_gmem_to_smem(source, r.rows.at[slot], r.full.at[slot])
+        plgpu.copy_gmem_to_smem(r.w.at[:, cols], r.queries.at[slot], r.full.at[slot])
+
+    @pl.when(n > 0)  # what is copied for no row would wait for the next array
+    def _():
+        for q in range(depth):
+            fetch(q)
+
+    @pl.loop(0, n)
+    def _(row):
+        def step(j, carry):
+            dots, squares = carry
+            q = row * chunks + j
+            slot = lax.rem(q, depth)
+            plgpu.barrier_wait(r.full.at[slot])
+            part, v = _score_chunk(r, shape, slot)
+
+            @pl.when(q + depth < n * chunks)
+            def _():
+                fetch(q + depth)
+
+            return dots + part, squares + v * v
+
+        zeros = [plgpu.layout_cast(jnp.zeros((64, width), F32), WGMMA) for width in (shape.padded, chunk)]
+        dots, squares = lax.fori_loop(0, chunks, step, tuple(zeros))
+        rstd = lax.rsqrt(jnp.sum(squares, axis=1) * (1.0 / shape.D) + eps)
+        r.rstd[at + row, tokens] = rstd
+        r.logits[at + row, tokens] = dots * lax.broadcast_in_dim(rstd, dots.shape, (0,))
+
+
+def _score_chunk(r, shape, slot):
+    """Products of a slot's rows with the queries, and the rows; the slot may be filled again."""
+    thirds = [r.queries.at[slot, pl.ds(k * shape.padded, shape.padded)] for k in range(3)]
+    part = products((64, shape.padded), *[(r.rows.at[slot], w.transpose((1, 0))) for w in thirds])
+    v = plgpu.load(r.rows.at[slot], layout=WGMMA, optimized=False).astype(F32)
+    plgpu.commit_smem()
+    return part, v
 
 
 def mix(shape, logits, sources, counts, interpret):
@@ -117,50 +121,14 @@ def mix(shape, logits, sources, counts, interpret):
             for j in range(depth):
                 fetch(j)
 
-        lse = _log_sum_exp(r, shape.R, block, mine)
-        r.lse[block, mine] = lse
-
-        def weight(i):
-            return jnp.exp(plgpu.load(r.logits.at[block, i, mine], layout=DOWN, optimized=False) - lse)
-
-        r.high[mine], r.low[mine] = diagonal((64, inner), shape.R, weight, 0)
-        plgpu.commit_smem()
+        _weigh(r, shape, block, mine)
         if arrivals:
             plgpu.barrier_wait(r.zeroed)
 
-        def step(j, _):
-            slot = lax.rem(j, depth)
-            plgpu.barrier_wait(r.full.at[slot])
+        def mixed(slot):
+            return products((64, chunk), *[(half.at[mine], r.rows.at[slot]) for half in (r.high, r.low)])
 
-            def product(acc):
-                plgpu.wgmma(acc, r.high.at[mine], r.rows.at[slot])
-                plgpu.wgmma(acc, r.low.at[mine], r.rows.at[slot])
-                return acc[...]
-
-            mixed = pl.run_scoped(product, plgpu.ACC((64, chunk), F32))
-
-            @pl.when(j + depth < chunks)
-            def _():
-                plgpu.barrier_arrive(r.empty.at[slot])
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            r.out[mine] = mixed.astype(BF16)
-            plgpu.commit_smem()
-            for s in range(shape.queries):
-
-                @pl.when(group == s // 8)
-                def _(s=s):
-                    target = r.mixture.at[s, tokens, pl.ds(j * chunk, chunk)]
-                    plgpu.copy_smem_to_gmem(r.out.at[pl.ds(s * 8, 8)], target, commit_group=False)
-
-            plgpu.commit_smem_to_gmem_group()
-
-            @pl.when((group == 0) & (j + depth < chunks))
-            def _():
-                plgpu.barrier_wait(r.empty.at[slot])
-                fetch(j + depth)
-
-        lax.fori_loop(0, chunks, step, None)
+        walk(r, chunks, fetch, mixed, lambda j, part, _: _send(r, shape, j, part, mine, tokens), None)
         plgpu.wait_smem_to_gmem(0)
 
     out = run(
@@ -175,10 +143,8 @@ def mix(shape, logits, sources, counts, interpret):
             "high": tiled(groups * 64, inner, inner=inner),
             "low": tiled(groups * 64, inner, inner=inner),
             "out": tiled(groups * 64, chunk, inner=chunk),
-            "full": plgpu.Barrier(num_arrivals=shape.R, num_barriers=depth),
-            "empty": plgpu.Barrier(num_arrivals=groups, num_barriers=depth),
-            "zeroed": plgpu.Barrier(num_arrivals=max(1, arrivals)),
-        },
+        }
+        | barriers(depth, shape.R, groups, arrivals),
         grid={"block": shape.blocks},
         groups=groups,
         name="depth_mix_forward",
@@ -187,7 +153,31 @@ def mix(shape, logits, sources, counts, interpret):
     return out.mixture, out.lse
 
 
-def _log_sum_exp(r, R, block, span):
-    logits = [plgpu.load(r.logits.at[block, i, span], layout=DOWN, optimized=False) for i in range(R)]
+def _weigh(r, shape, block, mine):
+    """Store lse, and the matrix of this warpgroup's weights in two halves."""
+    logits = [plgpu.load(r.logits.at[block, i, mine], layout=DOWN, optimized=False) for i in range(shape.R)]
     top = functools.reduce(jnp.maximum, logits)
-    return top + jnp.log(sum(jnp.exp(l - top) for l in logits))
+    lse = top + jnp.log(sum(jnp.exp(l - top) for l in logits))
+    r.lse[block, mine] = lse
+
+    def weight(i):
+        return jnp.exp(plgpu.load(r.logits.at[block, i, mine], layout=DOWN, optimized=False) - lse)
+
+    r.high[mine], r.low[mine] = diagonal((64, r.high.shape[1]), shape.R, weight, 0)
+    plgpu.commit_smem()
+
+
+def _send(r, shape, j, mixed, mine, tokens):
+    """Start the copies of chunk j of this warpgroup's mixtures to memory."""
+    group = lax.axis_index("group")
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    r.out[mine] = mixed.astype(BF16)
+    plgpu.commit_smem()
+    for s in range(shape.queries):
+
+        @pl.when(group == s // 8)
+        def _(s=s):
+            target = r.mixture.at[s, tokens, pl.ds(j * shape.chunk, shape.chunk)]
+            plgpu.copy_smem_to_gmem(r.out.at[pl.ds(s * 8, 8)], target, commit_group=False)
+
+    plgpu.commit_smem_to_gmem_group()

@@ -112,6 +112,55 @@ def zero_arrivals(depth, rows, sources, counts):
     return depth * (rows // TOKENS - fixed)
 
 
+def products(shape, *pairs):
+    """Sum of a b over the pairs in shared memory, [64, columns] of this warpgroup, on the tensor cores.
+
+    They cut off what their sum does not hold: one of all of D would be biased, so this one is of a chunk."""
+
+    def add(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(add, plgpu.ACC(shape, F32))
+
+
+def barriers(depth, copies, groups, arrivals):
+    """Of a ring of `depth` slots: `copies` fill one, `groups` warpgroups empty it; and those of `zero`."""
+    return {
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=depth),
+        "empty": plgpu.Barrier(num_arrivals=groups, num_barriers=depth),
+        "zeroed": plgpu.Barrier(num_arrivals=max(1, arrivals)),
+    }
+
+
+def walk(r, chunks, fetch, product, then, carry):
+    """`then(j, product(slot), carry)` for each chunk j of D, which `fetch(j)` brings to a slot of the ring.
+
+    The first warpgroup fills a slot again when all are done with it."""
+    group, depth = lax.axis_index("group"), r.rows.shape[0]
+
+    def step(j, carry):
+        slot = lax.rem(j, depth)
+        plgpu.barrier_wait(r.full.at[slot])
+        part = product(slot)
+
+        @pl.when(j + depth < chunks)
+        def _():
+            plgpu.barrier_arrive(r.empty.at[slot])
+
+        carry = then(j, part, carry)
+
+        @pl.when((group == 0) & (j + depth < chunks))
+        def _():
+            plgpu.barrier_wait(r.empty.at[slot])
+            fetch(j + depth)
+
+        return carry
+
+    return lax.fori_loop(0, chunks, step, carry)
+
+
 def diagonal(shape, count, value, axis):
     """The block-diagonal matrix whose block i holds `value(i)` along `axis`, as two bf16 halves.
 
