@@ -70,7 +70,7 @@ def dscore(shape, logits, lse, d_lse, sources, counts, d_mixture, at, interpret)
             return products((64, inner), (r.cotangents.at[slot, mine], r.rows.at[slot].transpose((1, 0))))
 
         none = plgpu.layout_cast(jnp.zeros((64, inner), F32), WGMMA)
-        d_weights = walk(r, chunks, fetch, traces, lambda _, part, total: total + part, none)
+        d_weights = walk(r, group, chunks, fetch, traces, total=none)
         _through_softmax(r, block, mine, _blocks_of(d_weights, shape.R))
 
     out = run(

@@ -128,7 +128,7 @@ def mix(shape, logits, sources, counts, interpret):
         def mixed(slot):
             return products((64, chunk), *[(half.at[mine], r.rows.at[slot]) for half in (r.high, r.low)])
 
-        walk(r, chunks, fetch, mixed, lambda j, part, _: _send(r, shape, j, part, mine, tokens), None)
+        walk(r, group, chunks, fetch, mixed, functools.partial(_send, r, shape, group, mine, tokens))
         plgpu.wait_smem_to_gmem(0)
 
     out = run(
@@ -167,9 +167,8 @@ def _weigh(r, shape, block, mine):
     plgpu.commit_smem()
 
 
-def _send(r, shape, j, mixed, mine, tokens):
-    """Start the copies of chunk j of this warpgroup's mixtures to memory."""
-    group = lax.axis_index("group")
+def _send(r, shape, group, mine, tokens, j, mixed):
+    """Start the copies of chunk j of a warpgroup's mixtures to memory."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     r.out[mine] = mixed.astype(BF16)
     plgpu.commit_smem()

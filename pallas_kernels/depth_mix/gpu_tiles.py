@@ -134,13 +134,14 @@ def barriers(depth, copies, groups, arrivals):
     }
 
 
-def walk(r, chunks, fetch, product, then, carry):
-    """`then(j, product(slot), carry)` for each chunk j of D, which `fetch(j)` brings to a slot of the ring.
+def walk(r, group, chunks, fetch, product, send=None, total=None):
+    """`product(slot)` of each chunk j of D, which `fetch(j)` brings to a slot of the ring: sent by
+    `send(j, product)`, or added up from `total` on.
 
     The first warpgroup fills a slot again when all are done with it."""
-    group, depth = lax.axis_index("group"), r.rows.shape[0]
+    depth = r.rows.shape[0]
 
-    def step(j, carry):
+    def step(j, total):
         slot = lax.rem(j, depth)
         plgpu.barrier_wait(r.full.at[slot])
         part = product(slot)
@@ -149,16 +150,17 @@ def walk(r, chunks, fetch, product, then, carry):
         def _():
             plgpu.barrier_arrive(r.empty.at[slot])
 
-        carry = then(j, part, carry)
+        if send is not None:
+            send(j, part)
 
         @pl.when((group == 0) & (j + depth < chunks))
         def _():
             plgpu.barrier_wait(r.empty.at[slot])
             fetch(j + depth)
 
-        return carry
+        return None if total is None else total + part  # before the next fetch it takes registers that spill
 
-    return lax.fori_loop(0, chunks, step, carry)
+    return lax.fori_loop(0, chunks, step, total)
 
 
 def diagonal(shape, count, value, axis):
