@@ -38,15 +38,20 @@ def test_the_roofline_s_rows_are_of_today_s_kernels():
 
 
 def test_the_kernels_of_an_h200_are_whole_and_within_what_was_asked():
-    """The whole grid, of today's code; none spills where none may, each compiles within 10 s."""
+    """The whole grid; none spills where none may, 10 s of compiling a kernel, on average of a case's."""
     cases: dict[tuple[object, ...], list[dict[str, float]]] = {}
     for row in report.rows(RESULTS / "roofline/h200.jsonl"):
-        assert row["code"] == h200.digest(row["backend"], row["op"])
         cases.setdefault(tuple(row[name] for name in h200.Case._fields), []).append(row)
     assert set(cases) == set(h200.cases({"all": True}))
     for case, kernels in cases.items():
         assert not any(row["spilled_bytes"] for row in kernels if row["width"] in (2048, 2304, 4096)), case
         assert kernels[0]["compile_cpu_seconds"] <= 10 * len(kernels), case
+
+
+@pytest.mark.slow
+def test_the_rows_of_an_h200_are_of_today_s_code():
+    for row in report.rows(RESULTS / "roofline/h200.jsonl"):
+        assert row["code"] == h200.digest(row["backend"], row["op"]), row
 
 
 @pytest.mark.parametrize("chip", ["v5p", "v6e"])

@@ -52,6 +52,13 @@ def test_depth_mix(shape, compiled):
     assert "depth_mix_backward" in text
 
 
+@pytest.mark.parametrize("compiled", ["v5p"], indirect=True)
+@pytest.mark.parametrize(("S", "R", "D"), [(16, 9, 2304), (16, 2, 7168), (16, 64, 512)])
+def test_what_fills_vmem(S, R, D, compiled):
+    """In fp32, as many tokens as are estimated to fit."""
+    test_depth_mix(mix_shapes.Shape(S, (R,), 1024, D, "float32"), compiled)
+
+
 @pytest.mark.parametrize("shape", merge_shapes.SHAPES.values(), ids=merge_shapes.SHAPES)
 def test_depth_merge(shape, compiled):
     S, T, D = shape.S, shape.tokens, shape.D
@@ -65,3 +72,10 @@ def test_depth_merge(shape, compiled):
     after = (out.stats, stream, stream if shape.keep else None, stream, rows, of(S, T))
     _, text = compiled(partial(merge.backward, eps=1e-6, norm_eps=1e-5), (*args, *after))
     assert "depth_merge_backward" in text
+
+
+@pytest.mark.parametrize("compiled", ["v4"], indirect=True)
+@pytest.mark.parametrize("D", [1024, 1536])
+def test_what_fills_the_vmem_of_phase_2(D, compiled):
+    """All options, as many tokens as are estimated to fit."""
+    test_depth_merge(merge_shapes.Shape(2, 1024, D, keep=True, add=True), compiled)

@@ -51,8 +51,10 @@ def tpu_refusal(D: int, dtype: DTypeLike) -> str | None:
 
 
 def _vmem_bytes(direction, D, dtype, tile):
+    """Buffers of the pipeline, what stands between the walks (as compiled), scratch, and parameters."""
+    size, row = jnp.dtype(dtype).itemsize, tile * D
     scratch = 4 * tile * LANES * (1 if direction == "forward" else 8)
-    return 2 * ARRAYS[direction] * tile * D * jnp.dtype(dtype).itemsize + scratch + 128 * D + (1 << 20)
+    return 2 * ARRAYS[direction] * row * size + (5 + size // 2) * row + scratch + 128 * D + (1 << 19)
 
 
 def _too_wide(D, need, limit):

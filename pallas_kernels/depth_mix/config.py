@@ -45,11 +45,12 @@ def tpu_config(direction: str, S: int, R: int, D: int, dtype: DTypeLike, tokens:
 def group_of(S: int, R: int, D: int, dtype: DTypeLike) -> int:
     """Tokens of one block-diagonal product, 8 to 64: as many as keep (source, token) within the MXU.
 
-    (query, token), over which the backward pass contracts, within two of them; both directions take it."""
+    (query, token), most of what the backward pass contracts, stays within two of its widths; where 16 tokens
+    do not, within 512. Both directions take it."""
     width = mxu() // 2 if beside(S, R) else mxu()
-    for group in (64, 32, 16):
+    for group, most in ((64, 2 * mxu()), (32, 2 * mxu()), (16, 4 * LANES)):
         fits = vmem_bytes("backward", S, R, D, dtype, group, group) <= chip()[0]
-        if R * group <= width and S * group <= 2 * mxu() and fits:
+        if R * group <= width and S * group <= most and fits:
             return group
     return 8
 
@@ -85,11 +86,15 @@ def vmem_bytes(
     direction: str, S: int, R: int, D: int, dtype: DTypeLike, tile: int, group: int, several: int = 1
 ) -> int:
     """Buffers of the pipeline, W, and room for what is between two products, of `several` groups."""
-    row = tile * D * jnp.dtype(dtype).itemsize
+    size, S8 = jnp.dtype(dtype).itemsize, 8 * math.ceil(S / 8)
     rows = 2 * R + 2 * S if direction == "forward" else 5 * R + 2 * S
     between = 4 * group * min(D, 1024) * (2 * S + R) + 4 * group * R * D
     # Of each group more: sources in fp32, or their cotangents, and dO in bf16.
     between += (several - 1) * group * D * (4 * R + 2 * S)
+    if direction == "backward":
+        # The left side of the product for the sources; of dO in fp32 a copy, and its parts in two products.
+        between += several * group * 4 * R * LANES * math.ceil((S * group + 2 * S8) / LANES)
+        between += several * group * 16 * S * D * (size == 4)
     # Statistics go through the pipeline, weights lie beside them: [groups, S and a row, lanes] in fp32.
     between += 3 * 4 * (tile // group) * 8 * math.ceil((S + 1) / 8) * LANES * math.ceil(R * group / LANES)
-    return rows * row + 12 * 8 * math.ceil(S / 8) * D + between + (2 << 20)
+    return rows * tile * D * size + 12 * S8 * D + between + (2 << 20)

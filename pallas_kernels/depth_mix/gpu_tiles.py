@@ -158,7 +158,8 @@ def walk(r, group, chunks, fetch, product, send=None, total=None):
             plgpu.barrier_wait(r.empty.at[slot])
             fetch(j + depth)
 
-        return None if total is None else total + part  # before the next fetch it takes registers that spill
+        # Added up before the next fetch it spills (configs/LOG.md, 2026-11-28).
+        return None if total is None else total + part
 
     return lax.fori_loop(0, chunks, step, total)
 
