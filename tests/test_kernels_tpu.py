@@ -206,7 +206,7 @@ def test_merge_of_another_chip(monkeypatch):
     """Squares of 128 tokens on a wide MXU; no room for rows in fp32."""
     monkeypatch.setattr(merge_config, "mxu", lambda: 256)
     test_depth_merge(merge_shapes.SHAPES["one_step"])
-    monkeypatch.setattr(merge_config, "chip", lambda: (2_700_000, 1))
+    monkeypatch.setattr(merge_config, "chip", lambda: (2_400_000, 1))
     assert not merge_config.tpu_config("backward", 256, "bfloat16", 256).unpacked
     test_depth_merge(merge_shapes.SHAPES["one_step"])
 
