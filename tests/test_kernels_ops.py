@@ -85,7 +85,8 @@ def test_bf16_beside_xla(op):
     run = jax.jit(results, static_argnums=0)
     with jax.enable_x64():
         exact = [np.asarray(a) for a in results("reference", *wide((args, given)))]
-    for a, b, want in zip(run("tpu", args, given), run("reference", args, given), exact, strict=True):
+    found = jax.block_until_ready(run("tpu", args, given))
+    for a, b, want in zip(found, run("reference", args, given), exact, strict=True):
         assert a.dtype == b.dtype
         a, b = (np.linalg.norm(np.asarray(x, np.float64) - want) / np.linalg.norm(want) for x in (a, b))
         assert a <= min(5e-3, 1.02 * b + SUMS["bfloat16"]), (want.shape, a, b)

@@ -58,6 +58,11 @@ def wide(tree):
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
 
 
+ready = jax.block_until_ready
+"""Before anything else runs: threads of the interpreter and of JAX share two cores, and were seen to wait for
+one another without end."""
+
+
 def close(got, want, tolerance, rounding=1e-30):
     got, want = np.asarray(got, np.float64), np.asarray(want)
     assert got.shape == want.shape
@@ -96,12 +101,12 @@ def test_depth_mix(shape):
             [jnp.full((3, *a.shape), jnp.nan, a.dtype).at[shape.slot].set(a) for a in some]
             for some in (parts, before)
         )
-    out = mix.forward(w, tuple(parts), counts, *slots, eps=EPS)
+    out = ready(mix.forward(w, tuple(parts), counts, *slots, eps=EPS))
     sums = tuple(before) if shape.add else None
     tuned = {("backward", S, R, D): shape.tile} if shape.tile else {}
     with mock.patch.dict(mix_config.TUNED, tuned):
         after = out.lse, out.stats, d_out, d_lse, sums
-        d_w, d_v = mix.backward(w, tuple(parts), counts, *after, *slots, eps=EPS)
+        d_w, d_v = ready(mix.backward(w, tuple(parts), counts, *after, *slots, eps=EPS))
     if shape.slot is not None:
         assert all(np.isnan(np.delete(np.asarray(d, np.float32), shape.slot, 0)).all() for d in d_v)
         d_v = [d[shape.slot] for d in d_v]
@@ -134,11 +139,11 @@ def test_what_is_copied(n, monkeypatch):
     monkeypatch.setattr(interpret_pallas_call.DMA, "execute_read", counted)
     shape = mix_shapes.Shape(2, (4,), 128, 128, n=n)
     w, v, d = drawn(shape, ((2, 128), "float32"), ((4, 128, 128), None), ((2, 128, 128), None))
-    out = jax.block_until_ready(mix.forward(w, (v,), (jnp.int32(n),), eps=EPS))
+    out = ready(mix.forward(w, (v,), (jnp.int32(n),), eps=EPS))
     assert sum(moved) == n * 128 * 128
     moved.clear()
     after = out.lse, out.stats, d, jnp.zeros_like(out.lse), (v,)
-    jax.block_until_ready(mix.backward(w, (v,), (jnp.int32(n),), *after, eps=EPS))
+    ready(mix.backward(w, (v,), (jnp.int32(n),), *after, eps=EPS))
     assert sum(moved) == 3 * n * 128 * 128
 
 
@@ -162,13 +167,13 @@ def test_depth_merge(shape):
     added = y if shape.add else None
     streams = jnp.stack([jnp.full_like(p, jnp.nan), p])  # row 0 is not to be read
     here = (streams[1:], jnp.int32(0)) if shape.add else (streams, jnp.int32(1))
-    out = merge.forward(w, scale, o, lse, *here, *at, added, keep_mixture=shape.keep, **options)
+    out = ready(merge.forward(w, scale, o, lse, *here, *at, added, keep_mixture=shape.keep, **options))
     total = (p.astype(jnp.float32) + y.astype(jnp.float32)).astype(p.dtype) if shape.add else p
     if shape.add:
         np.testing.assert_array_equal(out.stream, total)
         here = (out.stream[None], here[1])
     cotangents = (d_x, d_h if shape.keep else None, d_p, d_os, d_lses)
-    got = merge.backward(w, scale, o, lse, *here, *at, out.stats, *cotangents, **options)
+    got = ready(merge.backward(w, scale, o, lse, *here, *at, out.stats, *cotangents, **options))
 
     def read(w, scale, o, lse, p):
         seen = jnp.where(shape.first, -jnp.inf, depth.scores(w, p, Rule(EPS)))
